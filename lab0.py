@@ -437,7 +437,7 @@ def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
     patterns = patterns.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     classes = [f"pattern {label}" for label in range(10)]
     dataset = {}
-    for split, size in {"train": 300, "test": 100}.items():
+    for split, size in {"train": 200, "test": 100}.items():
         targets = torch.arange(size) % 10
         noise = torch.randint(256, (size, 3, 32, 32), generator=generator)
         images = ((patterns[targets] + noise) // 2).byte()
@@ -503,7 +503,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the last checkpoint")
     add("--smoke", action="store_true", help="a minute on generated images")
     if parser.parse_args(argv).smoke:
-        parser.set_defaults(epochs=4, batch_size=20, lr=0.02)
+        parser.set_defaults(epochs=4, batch_size=10, lr=0.01)
     args = parser.parse_args(argv)
 
     limits = {"epochs": (1, 10**4), "batch_size": (1, 10**5), "lr": (1e-9, 1e9), "seed": (0, 2**32)}

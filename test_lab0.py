@@ -409,7 +409,7 @@ def make_training(dataset, batch_size=32, lr=0.05, dtype=torch.float32, epochs=3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_train_lowers_the_loss_in_every_precision_with_float32_weights(small_vgg, dtype):
     lab0.set_seed(0)
-    training = make_training(lab0.generate_dataset("cpu"), lr=0.01, dtype=dtype)
+    training = make_training(lab0.generate_dataset("cpu"), 10, lr=0.01, dtype=dtype)
     scaler = torch.amp.GradScaler("cpu", enabled=(dtype == torch.float16))
     losses = [lab0.train(*training, scaler=scaler) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0] and losses[2] < 0.5 * losses[0]
@@ -945,7 +945,7 @@ def test_checkpoints_are_written_when_30_seconds_have_passed(small_vgg, tmp_path
 
     monkeypatch.setattr(lab0, "save_checkpoint", save)
     monkeypatch.setattr(lab0.time, "perf_counter", lambda: next(clock))  # 24 seconds an epoch
-    run(*QUICK[:-4], "--epochs", 6, "--batch-size", 300, out=tmp_path)
+    run(*QUICK[:-4], "--epochs", 6, "--batch-size", 200, out=tmp_path)
     assert saved == [2, 4, 6]
 
 
@@ -956,7 +956,7 @@ def test_cuda_trains_in_every_precision_to_the_same_accuracy(dtype):
     lab0.set_seed(0)
     dataset = lab0.generate_dataset("cuda")
     assert all(dataset[s].images.is_cuda and dataset[s].targets.is_cuda for s in dataset)
-    training = make_training(dataset, dtype=dtype, epochs=6)
+    training = make_training(dataset, 10, lr=0.01, dtype=dtype, epochs=6)
     scaler = torch.amp.GradScaler("cuda", enabled=(dtype == torch.float16))
     for _ in range(6):
         lab0.train(*training, scaler=scaler)
