@@ -11,6 +11,7 @@ python lab0.py --help     # every setting
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -446,12 +447,13 @@ def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
 
 
 def save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError if it cannot be written."""
+    content = io.BytesIO()
+    write(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as file:
-            write(file)
+        part.write_bytes(content.getbuffer())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
