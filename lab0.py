@@ -315,7 +315,7 @@ def evaluate(model: nn.Module, dataflow: DataLoader) -> float:
         num_samples += targets.size(0)
         num_correct += (outputs == targets).sum()
 
-    return num_correct.item() / num_samples * 100
+    return 100 * num_correct.item() / num_samples
 
 
 # ---- Visualization ---------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def explain_errors() -> Iterator[None]:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command with --resume continues", file=sys.stderr)
+        print("\nInterrupted: add --resume to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

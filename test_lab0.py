@@ -201,12 +201,12 @@ def test_importing_lab0_does_nothing(tmp_path):
 
 
 def test_public_names_are_the_designs():
-    assert sorted(lab0.__all__) == sorted(
+    names = (
         "SOURCES VGG RandomCrop RandomHorizontalFlip ToFloat count_macs count_params evaluate "
         "fetch_archive load_checkpoint load_dataset main make_dataflow make_lr_lambda plot_history "
-        "plot_lr_schedule plot_predictions plot_samples save_checkpoint set_seed train "
-        "transforms".split()
+        "plot_lr_schedule plot_predictions plot_samples save_checkpoint set_seed train transforms"
     )
+    assert sorted(lab0.__all__) == sorted(names.split())
 
 
 def test_inline_script_metadata_agrees_with_requirements():
@@ -214,8 +214,8 @@ def test_inline_script_metadata_agrees_with_requirements():
     inline = re.findall(r'"([a-z]+>=[\d.]+)"', head)
     requirements = (HERE / "requirements.txt").read_text().split()
     assert sorted(inline) == sorted(r for r in requirements if not r.startswith("pytest"))
-    names = "torch torchvision torchprofile numpy matplotlib tqdm pytest".split()
-    assert [r.split(">=")[0] for r in requirements] == names
+    names = "torch torchvision torchprofile numpy matplotlib tqdm pytest"
+    assert [r.split(">=")[0] for r in requirements] == names.split()
 
 
 # ---- Setup -----------------------------------------------------------------------------------
@@ -344,10 +344,11 @@ def expected_state_dict_keys():
 
 def test_vgg_has_the_tutorials_layers_and_state_dict_keys():
     model = lab0.VGG()
-    assert list(dict(model.backbone.named_children())) == (
+    layers = (
         "conv0 bn0 relu0 conv1 bn1 relu1 pool0 conv2 bn2 relu2 conv3 bn3 relu3 pool1 conv4 bn4 "
-        "relu4 conv5 bn5 relu5 pool2 conv6 bn6 relu6 conv7 bn7 relu7 pool3".split()
+        "relu4 conv5 bn5 relu5 pool2 conv6 bn6 relu6 conv7 bn7 relu7 pool3"
     )
+    assert [name for name, _ in model.backbone.named_children()] == layers.split()
     assert list(model.state_dict()) == expected_state_dict_keys()
 
 
