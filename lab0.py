@@ -320,6 +320,7 @@ def evaluate(model: nn.Module, dataflow: DataLoader) -> float:
 
 # ---- Visualization ---------------------------------------------------------------------------
 def draw_images(images: Tensor, titles: Sequence[str], height: float) -> Figure:
+    """Up to 40 images, float [N, 3, H, W], in rows of ten; `height` in inches."""
     figure = Figure(figsize=(20, height), layout="constrained")
     axes = figure.subplots(4, 10, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
     # Convert from CHW to HWC for visualization
@@ -409,21 +410,22 @@ def fetch_archive(root: str | Path, data_url: str | None = None) -> Path:
         return archive
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(archive.name + ".part")
+    part.touch()  # an unwritable folder is no source's fault
     for url in [data_url, *SOURCES] if data_url else SOURCES:
         host = urlsplit(url).netloc or url
         print(f"Downloading CIFAR-10 from {host}", flush=True)
-        with part.open("wb") as file:
-            try:
-                response = urlopen(url, timeout=SOURCE_TIMEOUT)
+        try:
+            with urlopen(url, timeout=SOURCE_TIMEOUT) as response, part.open("wb") as file:
                 size = int(response.headers.get("Content-Length", 0))
                 with tqdm.wrapattr(response, "read", size, desc=host, disable=None) as stream:
                     shutil.copyfileobj(stream, file)
-                problem = "it sent other bytes, or not all of them (MD5)"
-            except (OSError, HTTPException, ValueError) as error:
-                problem = str(error)
-        if check_integrity(part, CIFAR10.tgz_md5):
-            return part.replace(archive)
-        part.unlink()
+            if check_integrity(part, CIFAR10.tgz_md5):
+                return part.replace(archive)
+            problem = "it sent other bytes, or not all of them (MD5)"
+        except (OSError, HTTPException, ValueError) as error:
+            problem = str(error)
+        finally:
+            part.unlink(missing_ok=True)
         print(f"{host} failed: {problem}", file=sys.stderr)
     raise UserError(
         f"CIFAR-10 could not be downloaded; give another address with --data-url, put {archive.name} "
