@@ -455,7 +455,7 @@ def save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content.getbuffer())
+        part.write_bytes(content.getvalue())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
