@@ -70,7 +70,7 @@ def set_seed(seed: int, epoch: int | None = None) -> None:
     torch.backends.cudnn.benchmark = False  # it would choose algorithms by the clock
 
 
-# ---- Data: one uint8 tensor per split, on the device; every operation takes a whole batch ------
+# ---- Data: one uint8 tensor per split, on the device; every operation takes a whole batch -----
 class RandomCrop:
     """Zero-pad, then cut each image's own random window: [N, C, H, W] -> [N, C, size, size]."""
 
@@ -381,7 +381,7 @@ def plot_predictions(model: nn.Module, dataset: DeviceDataset) -> Figure:
     return figure
 
 
-# ---- Plumbing: where images come from, what is saved, the command line ----------------------------
+# ---- Plumbing: the archive, generated images, files, the command line -------------------------
 # Copies of the same bytes, tried in this order; the last, the official host, has sent 50-85 kB/s
 # since June 2026 (pytorch/vision#9536).
 SOURCES = [
