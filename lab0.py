@@ -550,14 +550,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The tutorial as one story, from its first cell to its last."""
     args = parse_args(argv)
     config, device, outputs = vars(args), torch.device(args.device), Path(args.output_dir)
-    checkpoint = load_checkpoint(outputs / "checkpoint.pth", config) if args.resume else None
+    checkpoint_path = outputs / "checkpoint.pth"
+    checkpoint = load_checkpoint(checkpoint_path, config) if args.resume else None
     if checkpoint and checkpoint["epoch"] == args.epochs:
         return print(f"The run in {outputs} is finished: there is nothing to resume")
     print(f"Lab 0 on {args.device} in {args.precision}")
     if args.smoke:
         print("The images are generated: this shows that the lab works, nothing about CIFAR-10")
     elif args.device == "cpu":
-        print("No GPU: 20 epochs take hours on a CPU; python lab0.py --smoke takes a minute")
+        print("20 epochs take hours on a CPU; the whole lab in a minute: python lab0.py --smoke")
     sys.stdout.flush()
     set_seed(args.seed)
 
@@ -620,7 +621,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = {"train_seconds": trained - start, "seconds": done - start}
         history.append({"epoch": epoch, "train_loss": loss, "test_accuracy": metric, **times})
         if done - saved >= CHECKPOINT_SECONDS and epoch < args.epochs:
-            save_checkpoint(outputs / "checkpoint.pth", parts, history, config)
+            save_checkpoint(checkpoint_path, parts, history, config)
             saved = time.perf_counter()
 
     # Visualization
@@ -638,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics |= {f"{split}_images": len(dataset[split]) for split in dataset}
     metrics |= {"epochs": history, "test_accuracy": metric, "peak_memory_bytes": peak}
     save(outputs / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
-    save_checkpoint(outputs / "checkpoint.pth", parts, history, config)
+    save_checkpoint(checkpoint_path, parts, history, config)  # last: with it, the run is finished
     print(f"Test accuracy {metric:.2f} %" + (f"; the tutorial's bar: {goal} %" if goal else ""))
     seconds = sum(epoch["train_seconds"] for epoch in history)
     speed = len(dataset["train"]) * len(history) / seconds

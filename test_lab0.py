@@ -592,6 +592,33 @@ def test_compile_keeps_the_names_and_the_counts(finished, tmp_path, monkeypatch)
     )
 
 
+def test_fp16_runs_with_a_scaler_and_without_the_fused_optimizer(small_vgg, tmp_path):
+    metrics, checkpoint = run(*QUICK, "--precision", "fp16", out=tmp_path)
+    assert metrics["environment"]["precision"] == "fp16" and "scale" in checkpoint["scaler"]
+    assert not checkpoint["optimizer"]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize(
+    "usable, device, precision",
+    [
+        ({"cuda", "mps", "bf16"}, "cuda", "bf16"),
+        ({"cuda"}, "cuda", "fp16"),
+        ({"mps"}, "mps", "fp32"),
+        (set(), "cpu", "fp32"),
+    ],
+)
+def test_device_and_precision_auto(usable, device, precision, monkeypatch):
+    def has_bf16(including_emulation=True):  # as a T4, which emulates it, answers
+        return including_emulation or "bf16" in usable
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in usable)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: "mps" in usable)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bf16)
+    args = lab0.parse_args([])
+    assert (args.device, args.precision) == (device, precision)
+    assert lab0.parse_args(["--precision", "bf16"]).precision == "bf16"
+
+
 def test_default_recipe_is_the_tutorials():
     args = lab0.parse_args([])
     assert (args.epochs, args.batch_size, args.lr, args.seed) == (20, 512, 0.4, 0)
