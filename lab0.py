@@ -135,23 +135,24 @@ def load_dataset(
     Raises UserError where that is impossible.
     """
 
-    def read(root: str | Path) -> dict[str, DeviceDataset]:
-        dataset = {}
-        for split in ["train", "test"]:
-            cifar10 = CIFAR10(root, train=(split == "train"))  # checks every file's MD5 sum
-            images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).to(device)
-            targets = torch.tensor(cifar10.targets, device=device)
-            dataset[split] = DeviceDataset(images, targets, cifar10.classes, split)
-        return dataset
+    def read(root: str | Path) -> dict[str, CIFAR10]:  # torchvision checks every file's MD5 sum
+        return {split: CIFAR10(root, train=(split == "train")) for split in ["train", "test"]}
 
     try:
-        return read(root)
+        files = read(root)
     except RuntimeError:  # torchvision's, for a missing or damaged file
         archive = fetch_archive(root, data_url)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = root if os.access(root, os.W_OK) else scratch
-        extract_archive(archive, folder)
-        return read(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = root if os.access(root, os.W_OK) else scratch
+            extract_archive(archive, folder)
+            files = read(folder)
+
+    dataset = {}
+    for split, cifar10 in files.items():
+        images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).to(device)
+        targets = torch.tensor(cifar10.targets, device=device)
+        dataset[split] = DeviceDataset(images, targets, cifar10.classes, split)
+    return dataset
 
 
 class BatchIndices(Sampler[Tensor]):
@@ -263,11 +264,10 @@ def train(
     Each of `callbacks` is called after each step. A model that computes in float16 needs `scaler`.
     """
     model.train()
-    device = next(model.parameters()).device
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)  # does nothing
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # does nothing
 
     num_samples = 0
-    total_loss = torch.zeros((), device=device)
+    total_loss: float | Tensor = 0.0
 
     for inputs, targets in tqdm(dataflow, desc="train", leave=False, disable=None):
         # Reset the gradients (from the last iteration)
@@ -292,17 +292,16 @@ def train(
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
 
-    return (total_loss / num_samples).item()
+    return float(total_loss) / num_samples
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataflow: DataLoader) -> float:
     """Accuracy in percent."""
     model.eval()
-    device = next(model.parameters()).device
 
     num_samples = 0
-    num_correct = torch.zeros((), dtype=torch.int64, device=device)
+    num_correct: int | Tensor = 0
 
     for inputs, targets in tqdm(dataflow, desc="eval", leave=False, disable=None):
         # Inference
@@ -315,7 +314,7 @@ def evaluate(model: nn.Module, dataflow: DataLoader) -> float:
         num_samples += targets.size(0)
         num_correct += (outputs == targets).sum()
 
-    return 100 * num_correct.item() / num_samples
+    return 100 * int(num_correct) / num_samples
 
 
 # ---- Visualization ---------------------------------------------------------------------------
@@ -479,8 +478,7 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = {name: checkpoint["config"][name] for name in config}
     except Exception as error:  # a damaged file may fail in any way
-        remedy = "start without --resume"
-        raise UserError(f"argument --resume: no intact checkpoint in {path}; {remedy}") from error
+        raise UserError(f"argument --resume: no intact {path}; start without --resume") from error
     for name in ["epochs", "batch_size", "lr", "seed", "device", "precision", "compile", "smoke"]:
         if saved[name] != config[name]:
             change = f"{name} was {saved[name]}, not {config[name]}"
@@ -531,18 +529,20 @@ def explain_errors() -> Iterator[None]:
     """A line and an exit status for what users can cause; other errors keep their traceback."""
     try:
         yield
+        return
     except UserError as error:
-        print(f"lab0.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem = str(error)
     except OSError as error:
-        print(
-            f"lab0.py: error: {error}; name other folders with --data-root, --output-dir",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        problem = f"{error}; name other folders with --data-root, --output-dir"
+    except torch.OutOfMemoryError as error:
+        problem = f"{error}; lower --batch-size, and --lr with it"
     except KeyboardInterrupt:
-        print("\nInterrupted: add --resume to continue from the last checkpoint", file=sys.stderr)
+        print(
+            "\nInterrupted: --resume continues from a checkpoint, if one is there", file=sys.stderr
+        )
         sys.exit(130)
+    print(f"lab0.py: error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 @explain_errors()
@@ -588,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=(args.precision == "fp16"))
     # momentum: w -= lr * v with v = 0.9 * v + gradient, a running sum in which noise cancels out and
     # what the steps agree on adds up; weight decay: the gradient includes 5e-4 * w, so that weights
-    # stay small; fused: one pass for all of it, but a step that a scaler skips would spoil v
+    # stay small; fused: one pass for all of it, but v is garbage if a scaler skips the first step
     fused = not scaler.is_enabled()
     optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, fused=fused)
     steps_per_epoch = len(dataflow["train"])

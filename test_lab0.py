@@ -284,12 +284,15 @@ def test_test_transform_is_to_tensor_bit_for_bit():
 
 
 @pytest.mark.parametrize("size, padding, shape", [(32, 4, (5, 3, 32, 32)), (24, 0, (2, 1, 32, 40))])
-def test_transforms_keep_dtype_and_device_and_take_other_sizes(size, padding, shape):
-    images = torch.randint(256, shape, dtype=torch.uint8)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_transforms_keep_dtype_and_device_and_take_other_sizes(size, padding, shape, device):
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     cropped = lab0.RandomCrop(size, padding)(images)
-    assert cropped.shape == (*shape[:2], size, size) and cropped.dtype == torch.uint8
+    assert cropped.shape == (*shape[:2], size, size)
     flipped = lab0.RandomHorizontalFlip()(images)
-    assert flipped.shape == shape and flipped.dtype == torch.uint8
+    assert flipped.shape == shape
+    for images in [cropped, flipped]:
+        assert images.dtype == torch.uint8 and images.device.type == device
 
 
 def test_loaders_give_98_and_20_steps_and_keep_the_last_batch():
@@ -327,10 +330,17 @@ def test_batches_carry_the_images_of_their_targets():
     for inputs, targets in lab0.make_dataflow(dataset, batch_size=32)["test"]:
         assert inputs.dtype == torch.float32 and targets.dtype == torch.int64
         assert inputs.shape[1:] == (3, 32, 32)
-        assert inputs.is_contiguous(memory_format=torch.channels_last)
     inputs, targets = dataset["test"][torch.tensor([3, 1])]
     assert torch.equal(inputs, dataset["test"].images[[3, 1]] / 255)
     assert torch.equal(targets, dataset["test"].targets[[3, 1]])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_batches_are_on_the_device_and_channels_last(device):
+    for dataflow in lab0.make_dataflow(make_dataset(100, 50, device), batch_size=32).values():
+        for inputs, targets in dataflow:
+            assert inputs.device.type == targets.device.type == device
+            assert inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- Model -----------------------------------------------------------------------------------
@@ -911,6 +921,16 @@ def test_ctrl_c_says_how_to_resume(small_vgg, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab0, "evaluate", interrupt)
     line = fails(capsys, *QUICK, "--output-dir", tmp_path, status=130)
     assert "--resume" in line
+
+
+def test_a_device_out_of_memory_is_no_missing_file(cifar10, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    cifar10.extract()
+    monkeypatch.setattr(lab0, "DeviceDataset", out_of_memory)
+    line = fails(capsys, "--data-root", cifar10.root, "--output-dir", tmp_path / "out")
+    assert "out of memory" in line and "--batch-size" in line
 
 
 def test_a_programming_error_keeps_its_traceback(small_vgg, tmp_path, monkeypatch):
