@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from matplotlib.image import imread
@@ -125,6 +127,7 @@ class MiniCifar10:
             assert np.array_equal(dataset[split].images.flatten(1).numpy(), images)
             labels = [label for name in names for label in self.labels[name]]
             assert dataset[split].targets.tolist() == labels
+            assert dataset[split].transform is lab0.transforms[split]
         return dataset
 
 
@@ -430,13 +433,14 @@ def test_train_lowers_the_loss_in_every_precision_with_float32_weights(small_vgg
     }
 
 
-def test_low_precision_computes_the_convolutions_in_it():
-    seen = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = lab0.VGG(dtype)
-        model.backbone.conv1.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
-        assert model(torch.rand(2, 3, 32, 32)).dtype == torch.float32
-    assert seen == [torch.float32, torch.bfloat16]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_computes_the_backbone_in_it_and_the_rest_in_float32(dtype):
+    features = []
+    model = lab0.VGG(dtype)
+    model.backbone.register_forward_hook(lambda m, i, output: features.append(output))
+    outputs = model(torch.rand(2, 3, 32, 32))
+    assert features[0].dtype == dtype
+    assert torch.equal(outputs, model.classifier(features[0].float().mean([2, 3])))
 
 
 class Label(nn.Module):
@@ -459,8 +463,10 @@ def test_train_returns_the_mean_over_images_and_steps_scheduler_and_callbacks():
     dataset["train"].images[:, 0, 0, 0] = torch.arange(70) % 9  # some right, most wrong
     dataflow = lab0.make_dataflow(dataset, 32)["train"]
     model, calls = Label(), []
-    optimizer = SGD(model.parameters(), lr=0.0)
-    scheduler = LambdaLR(optimizer, lambda step: 1.0)
+    optimizer = SGD(model.parameters(), lr=1e-12)
+    scheduler = LambdaLR(optimizer, lambda step: float(step))
+    rates = []
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     callbacks = [lambda: calls.append("a"), lambda: calls.append(scheduler.last_epoch)]
     model.eval()
     loss = lab0.train(model, dataflow, nn.CrossEntropyLoss(), optimizer, scheduler, callbacks)
@@ -468,7 +474,8 @@ def test_train_returns_the_mean_over_images_and_steps_scheduler_and_callbacks():
     expected = nn.functional.cross_entropy(outputs, dataset["train"].targets).item()
     assert loss == pytest.approx(expected, rel=1e-6) and isinstance(loss, float)
     assert calls == ["a", 1, "a", 2, "a", 3]  # each once per step, after the scheduler's step
-    assert model.training and scheduler.last_epoch == 3
+    assert rates == [0, 1e-12, 2e-12] and scheduler.last_epoch == 3
+    assert model.training
 
 
 def test_evaluate_is_exact_and_builds_no_graph():
@@ -529,7 +536,10 @@ def test_main_on_a_miniature_cifar10_from_start_to_end(cifar10, tmp_path, capsys
         "batch_size": 64, "lr": 0.01, "seed": 3, "device": "cpu", "precision": "fp32",
         "compile": False, "resume": False, "smoke": False,
     }  # fmt: skip
-    assert set(metrics["environment"]) == {"python", "torch", "torchvision", "device", "precision"}
+    assert metrics["environment"] == {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
     assert (metrics["params"], metrics["macs"]) == (9_228_362, 606_164_480)
     assert (metrics["train_images"], metrics["test_images"]) == (100, 40)
     assert metrics["peak_memory_bytes"] is None
@@ -562,11 +572,59 @@ def test_main_on_a_miniature_cifar10_from_start_to_end(cifar10, tmp_path, capsys
         "#Params: 9228362 (9.2M)",
         "#MACs: 606164480 (606M)",
         f"Test accuracy {metrics['test_accuracy']:.2f} %",
-        "images/s",
         str(out),
     ]:
         assert line in printed.out
+    seconds = sum(epoch["train_seconds"] for epoch in metrics["epochs"])
+    assert f"Training took {seconds:.1f} s, {2 * 100 / seconds:,.0f} images/s" in printed.out
     assert printed.err == ""  # no progress bars where there is no terminal
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_main_runs_the_tutorials_cells_in_their_order(precision, small_vgg, tmp_path):
+    out = tmp_path / "outputs"
+    args = ["--smoke", "--device", "cpu", "--epochs", 3, "--batch-size", 16, "--lr", 0.05]
+    metrics, checkpoint = run(*args, "--precision", precision, "--seed", 1, out=out)
+    fp16 = precision == "fp16"
+
+    lab0.set_seed(1)
+    dataset = lab0.generate_dataset("cpu")
+    dataflow = lab0.make_dataflow(dataset, batch_size=16)
+    next(iter(dataflow["train"]))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    model = lab0.VGG(dtypes[precision]).to(memory_format=torch.channels_last)
+    criterion = nn.CrossEntropyLoss()
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    optimizer = SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=not fp16)
+    lr_lambda = lab0.make_lr_lambda(steps_per_epoch=13, num_epochs=3)
+    scheduler = LambdaLR(optimizer, lr_lambda)
+    for epoch in metrics["epochs"]:
+        lab0.set_seed(1, epoch["epoch"])
+        loss = lab0.train(model, dataflow["train"], criterion, optimizer, scheduler, scaler=scaler)
+        assert epoch["train_loss"] == loss
+        assert epoch["test_accuracy"] == lab0.evaluate(model, dataflow["test"])
+    for name, weight in model.state_dict().items():
+        saved = checkpoint["state_dict"][name]
+        assert torch.equal(saved, weight) and saved.stride() == weight.stride(), name
+    assert checkpoint["scaler"] == scaler.state_dict()
+    assert metrics["environment"]["precision"] == precision
+    assert checkpoint["optimizer"]["param_groups"][0]["fused"] != fp16
+
+
+def test_main_saves_the_tutorials_pictures(finished, tmp_path):
+    checkpoint = torch.load(finished / "checkpoint.pth")
+    dataset = lab0.generate_dataset("cpu")
+    model = lab0.VGG().to(memory_format=torch.channels_last)
+    model.load_state_dict(checkpoint["state_dict"])
+    lr_lambda = lab0.make_lr_lambda(steps_per_epoch=2, num_epochs=3)
+    for name, figure in {
+        "samples.png": lab0.plot_samples(dataset["test"]),
+        "lr_schedule.png": lab0.plot_lr_schedule(lr_lambda, num_steps=6, lr=0.01),
+        "history.png": lab0.plot_history(checkpoint["history"]),
+        "predictions.png": lab0.plot_predictions(model, dataset["test"]),
+    }.items():
+        figure.savefig(tmp_path / name)
+        assert (finished / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
 def test_smoke_run_learns_far_beyond_chance(tmp_path, capsys):
@@ -583,6 +641,7 @@ def test_smoke_images_are_learnable_but_not_repeated():
     assert len(images.unique(dim=0)) == len(images)
     for split in dataset:
         assert dataset[split].targets.bincount().unique().numel() == 1  # classes in equal parts
+        assert dataset[split].transform is lab0.transforms[split]
 
 
 def test_compile_keeps_the_names_and_the_counts(finished, tmp_path, monkeypatch):
@@ -600,12 +659,6 @@ def test_compile_keeps_the_names_and_the_counts(finished, tmp_path, monkeypatch)
     assert checkpoint["history"][0]["train_loss"] == pytest.approx(
         plain["history"][0]["train_loss"]
     )
-
-
-def test_fp16_runs_with_a_scaler_and_without_the_fused_optimizer(small_vgg, tmp_path):
-    metrics, checkpoint = run(*QUICK, "--precision", "fp16", out=tmp_path)
-    assert metrics["environment"]["precision"] == "fp16" and "scale" in checkpoint["scaler"]
-    assert not checkpoint["optimizer"]["param_groups"][0]["fused"]
 
 
 @pytest.mark.parametrize(
@@ -644,11 +697,15 @@ def test_same_seed_same_bits_and_another_seed_another_result(finished, tmp_path)
             assert not torch.equal(weights, other["state_dict"][name]), name
 
 
-def test_full_run_is_held_against_the_tutorials_accuracy():
-    history = [{"epoch": e, "train_loss": 1 / e, "test_accuracy": 90 + e} for e in range(1, 4)]
-    axis = lab0.plot_history(history, 92.5).axes[1]
-    assert any(list(line.get_ydata()) == [92.5, 92.5] for line in axis.lines)
-    assert len(lab0.plot_history(history).axes[1].lines) == 1
+def test_full_run_is_held_against_the_tutorials_accuracy(cifar10, small_vgg, tmp_path, capsys):
+    cifar10.extract()
+    metrics, _ = run("--data-root", cifar10.root, "--device", "cpu", out=tmp_path)
+    assert "bar: 92.5 %" in capsys.readouterr().out
+    figure = lab0.plot_history(metrics["epochs"], 92.5)
+    assert any(list(line.get_ydata()) == [92.5, 92.5] for line in figure.axes[1].lines)
+    figure.savefig(tmp_path / "expected.png")
+    assert (tmp_path / "history.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert len(lab0.plot_history(metrics["epochs"]).axes[1].lines) == 1
 
 
 def test_schedule_picture_marks_its_peak():
@@ -791,12 +848,12 @@ def test_when_every_source_fails_the_last_lines_name_the_ways_out(
 ):
     monkeypatch.setattr(lab0, "SOURCES", [f"{source}/error", f"{source}/short"])
     with pytest.raises(SystemExit) as exit_:
-        run("--data-root", cifar10.root, out=tmp_path / "out")
+        run("--data-root", cifar10.root, "--data-url", "nowhere", out=tmp_path / "out")
     assert exit_.value.code == 2 and not (tmp_path / "out").exists()
-    tried = capsys.readouterr().err.splitlines()[-3:]
-    assert "503" in tried[0] and "MD5" in tried[1]
+    tried = capsys.readouterr().err.splitlines()[-4:]
+    assert "nowhere" in tried[0] and "503" in tried[1] and "MD5" in tried[2]
     for way in ["--data-url", CIFAR10.filename, str(cifar10.root), "--smoke"]:
-        assert way in tried[2]
+        assert way in tried[3]
     assert list(cifar10.root.iterdir()) == []
 
 
