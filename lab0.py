@@ -501,7 +501,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="of the convolutions")
-    add("--compile", action="store_true", help="compile the model: slower start, faster steps")
+    add("--compile", action="store_true", help="use torch.compile: a slow start, no gain on a CPU")
     add("--resume", action="store_true", help="continue from the last checkpoint")
     add("--smoke", action="store_true", help="a minute on generated images")
     if parser.parse_args(argv).smoke:
