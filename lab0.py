@@ -537,9 +537,7 @@ def explain_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         problem = f"{error}; lower --batch-size, and --lr with it"
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted: --resume continues from a checkpoint, if one is there", file=sys.stderr
-        )
+        print("\nInterrupted: --resume continues from the checkpoint, if any", file=sys.stderr)
         sys.exit(130)
     print(f"lab0.py: error: {problem}", file=sys.stderr)
     sys.exit(2)
