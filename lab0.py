@@ -410,7 +410,7 @@ def fetch_archive(root: str | Path, data_url: str | None = None) -> Path:
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(archive.name + ".part")
     part.touch()  # an unwritable folder is no source's fault
-    for url in [data_url, *SOURCES] if data_url else SOURCES:
+    for url in filter(None, dict.fromkeys([data_url, *SOURCES])):  # each once
         host = urlsplit(url).netloc or url
         print(f"Downloading CIFAR-10 from {host}", flush=True)
         try:

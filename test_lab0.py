@@ -75,18 +75,7 @@ class MiniCifar10:
     def __init__(self, root, monkeypatch):
         self.root, self.folder = root, root / CIFAR10.base_folder
         generator = np.random.default_rng(0)
-        classes = [
-            "airplane",
-            "automobile",
-            "bird",
-            "cat",
-            "deer",
-            "dog",
-            "frog",
-            "horse",
-            "ship",
-            "truck",
-        ]
+        classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
         self.files = {"batches.meta": pickle.dumps({"label_names": classes})}
         self.images, self.labels = {}, {}
         for name, size in {
@@ -809,6 +798,14 @@ def test_data_url_goes_first_and_may_be_a_file(source, cifar10, monkeypatch, tmp
     cifar10.load(data_url=(tmp_path / "copy.tar.gz").as_uri())
     shutil.rmtree(cifar10.root)
     cifar10.load(data_url=f"{source}/good")
+
+
+def test_data_url_that_is_a_known_source_is_asked_once(source, cifar10, monkeypatch, capsys):
+    known = [f"{source}/wrong", f"{source}/error", f"{source}/good"]
+    monkeypatch.setattr(lab0, "SOURCES", known)
+    cifar10.load(data_url=known[1])
+    first, second = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert "503" in first and "MD5" in second
 
 
 def test_an_archive_in_the_data_folder_is_used_without_asking_anyone(cifar10):
