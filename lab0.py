@@ -79,12 +79,12 @@ class RandomCrop:
 
     def __call__(self, images: Tensor) -> Tensor:
         padded = F.pad(images, [self.padding] * 4)
-        # a view of all windows: [N, C, 9, 9, 32, 32] for CIFAR-10; the index takes one per image
+        # a view of all windows: [N, C, 9 tops, 9 lefts, 32, 32] for CIFAR-10; no pixel is copied
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        n = torch.arange(len(images), device=images.device)
-        top = torch.randint(windows.shape[2], n.shape, device=n.device)
-        left = torch.randint(windows.shape[3], n.shape, device=n.device)
-        return windows[n, :, top, left]
+        image = torch.arange(len(images), device=images.device)
+        top = torch.randint(windows.shape[2], image.shape, device=image.device)
+        left = torch.randint(windows.shape[3], image.shape, device=image.device)
+        return windows[image, :, top, left]
 
 
 class RandomHorizontalFlip:
@@ -99,7 +99,8 @@ class ToFloat:
     """uint8 in 0..255 -> float32 in [0, 1], any shape, with the bits of torchvision's ToTensor."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        # by a tensor: a division by a number is a multiplication by its inverse on CUDA, other bits
+        # by a tensor: for `/ 255` CUDA multiplies by 1 / 255, which rounds differently; made there
+        # by `full`, because a copy from the CPU would make the GPU wait
         return images.float() / torch.full((), 255.0, device=images.device)
 
 
@@ -116,7 +117,8 @@ class DeviceDataset(Dataset):
     """A split on the device: `dataset[indices]` is (float32 [N, 3, 32, 32], int64 [N])."""
 
     def __init__(self, images: Tensor, targets: Tensor, classes: list[str], split: str) -> None:
-        # channels_last from here on: the layout in which tensor cores (and CPUs) convolve
+        # the shape stays [N, 3, 32, 32], but in memory a pixel's channels lie side by side: the
+        # layout in which tensor cores (and CPUs) convolve
         self.images = images.contiguous(memory_format=torch.channels_last)  # uint8
         self.targets, self.classes, self.transform = targets, classes, transforms[split]
 
@@ -134,21 +136,8 @@ def load_dataset(
 
     Raises UserError where that is impossible.
     """
-
-    def read(root: str | Path) -> dict[str, CIFAR10]:  # torchvision checks every file's MD5 sum
-        return {split: CIFAR10(root, train=(split == "train")) for split in ["train", "test"]}
-
-    try:
-        files = read(root)
-    except RuntimeError:  # torchvision's, for a missing or damaged file
-        archive = fetch_archive(root, data_url)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = root if os.access(root, os.W_OK) else scratch
-            extract_archive(archive, folder)
-            files = read(folder)
-
     dataset = {}
-    for split, cifar10 in files.items():
+    for split, cifar10 in read_cifar10(root, data_url).items():
         images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).to(device)
         targets = torch.tensor(cifar10.targets, device=device)
         dataset[split] = DeviceDataset(images, targets, cifar10.classes, split)
@@ -173,10 +162,10 @@ class BatchIndices(Sampler[Tensor]):
 def make_dataflow(dataset: dict[str, DeviceDataset], batch_size: int = 512) -> dict:
     """A DataLoader per split: "train" shuffled, "test" in order, the partial last batch kept."""
     dataflow = {}
-    for split, images in dataset.items():
-        batches = BatchIndices(images, batch_size, shuffle=(split == "train"))
+    for split, data in dataset.items():
+        batches = BatchIndices(data, batch_size, shuffle=(split == "train"))
         # batch_size=None: what the sampler yields is a batch already
-        dataflow[split] = DataLoader(images, batch_size=None, sampler=batches)
+        dataflow[split] = DataLoader(data, batch_size=None, sampler=batches)
     return dataflow
 
 
@@ -215,7 +204,7 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(512, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # backbone: [N, 3, 32, 32] -> [N, 512, 2, 2]
+        # backbone: [N, 3, 32, 32] -> [N, 512, 2, 2]; autocast: its convolutions compute in dtype
         with torch.autocast(x.device.type, self.dtype, enabled=(self.dtype != torch.float32)):
             x = self.backbone(x)
         # average pooling: [N, 512, 2, 2] -> [N, 512]
@@ -238,11 +227,12 @@ def count_macs(model: nn.Module) -> int:
 
 # ---- Optimization ----------------------------------------------------------------------------
 def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int], float]:
-    """The learning rate's factor by step: 0 -> 1 over the first 30 % of the run, -> 0 at its end."""
+    """The learning rate's factor by step: 0 -> 1 in the first 30 % of the run, -> 0 at its end."""
     # From David Page, "How to Train Your ResNet" (2018): small while the weights are still random,
     # large as soon as training bears it, zero at the end, where only small steps still improve.
 
     def lr_lambda(step: int) -> float:
+        # float: a checkpoint holds the rate, and loads no NumPy number
         epoch = step / steps_per_epoch
         return float(np.interp(epoch, [0, num_epochs * 0.3, num_epochs], [0, 1, 0]))
 
@@ -261,7 +251,8 @@ def train(
 ) -> float:
     """Train for one epoch and return the mean loss over its images.
 
-    Each of `callbacks` is called after each step. A model that computes in float16 needs `scaler`.
+    Each of `callbacks` is called after each step. A model that computes in float16 needs `scaler`:
+    it multiplies the loss, lest small gradients round to 0, and divides the gradients again.
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # does nothing
@@ -269,6 +260,7 @@ def train(
     num_samples = 0
     total_loss: float | Tensor = 0.0
 
+    # disable=None: no progress bar where there is no terminal
     for inputs, targets in tqdm(dataflow, desc="train", leave=False, disable=None):
         # Reset the gradients (from the last iteration)
         optimizer.zero_grad()
@@ -358,7 +350,7 @@ def plot_history(history: Sequence[Mapping[str, float]], target: float | None = 
         axis.plot([epoch["epoch"] for epoch in history], [epoch[key] for epoch in history], "o-")
         axis.locator_params(axis="x", integer=True)
         axis.grid(True)
-    if target is not None:
+    if target is not None:  # axis: still the accuracy's
         axis.axhline(target, color="black", linestyle="--", label=f"the tutorial's {target} %")
         axis.legend(loc="lower right")
     return figure
@@ -420,16 +412,31 @@ def fetch_archive(root: str | Path, data_url: str | None = None) -> Path:
                     shutil.copyfileobj(stream, file)
             if check_integrity(part, CIFAR10.tgz_md5):
                 return part.replace(archive)
-            problem = "it sent other bytes, or not all of them (MD5)"
+            raise ValueError("it sent other bytes, or not all of them (MD5)")
         except (OSError, HTTPException, ValueError) as error:
-            problem = str(error)
+            print(f"{host} failed: {error}", file=sys.stderr)
         finally:
             part.unlink(missing_ok=True)
-        print(f"{host} failed: {problem}", file=sys.stderr)
     raise UserError(
-        f"CIFAR-10 could not be downloaded; give another address with --data-url, put {archive.name} "
-        f"into {archive.parent} (--data-root), or use --smoke, which needs no data"
+        "CIFAR-10 could not be downloaded; give another address with --data-url, put "
+        f"{archive.name} into {archive.parent} (--data-root), or use --smoke, which needs no data"
     )
+
+
+def read_cifar10(root: str | Path, data_url: str | None = None) -> dict[str, CIFAR10]:
+    """torchvision's "train" and "test", from the files in `root` or else from the archive."""
+
+    def read(folder: str | Path) -> dict[str, CIFAR10]:  # torchvision checks every file's MD5 sum
+        return {split: CIFAR10(folder, train=(split == "train")) for split in ["train", "test"]}
+
+    try:
+        return read(root)
+    except RuntimeError:  # torchvision's, for a missing or damaged file
+        archive = fetch_archive(root, data_url)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = root if os.access(root, os.W_OK) else scratch
+        extract_archive(archive, folder)
+        return read(folder)
 
 
 def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
@@ -448,8 +455,8 @@ def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
 
 
 def save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all. Raises OSError if it cannot be written."""
-    content = io.BytesIO()
+    """Write what `write(file)` writes, whole or not at all. Raises OSError if it cannot."""
+    content = io.BytesIO()  # on a full disk torch.save would raise an error of its own
     write(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -486,6 +493,24 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
+def collect_metrics(
+    config: dict, dataset: Mapping[str, DeviceDataset], history: list, params: int, macs: int
+) -> dict[str, Any]:
+    """What metrics.json holds."""
+    cuda = config["device"] == "cuda"
+    environment = {
+        "python": sys.version.split()[0], "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "precision": config["precision"],
+        "device": torch.cuda.get_device_name() if cuda else config["device"],
+    }  # fmt: skip
+    return {
+        "config": config, "environment": environment, "params": params, "macs": macs,
+        **{f"{split}_images": len(dataset[split]) for split in dataset},
+        "epochs": history, "test_accuracy": history[-1]["test_accuracy"],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }  # fmt: skip
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; device and precision are decided. Exits with 2 on an error."""
     parser = argparse.ArgumentParser(
@@ -504,7 +529,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="use torch.compile: a slow start, no gain on a CPU")
     add("--resume", action="store_true", help="continue from the last checkpoint")
     add("--smoke", action="store_true", help="a minute on generated images")
-    if parser.parse_args(argv).smoke:
+    if parser.parse_args(argv).smoke:  # its own defaults; a flag that is given still wins
         parser.set_defaults(epochs=4, batch_size=10, lr=0.01)
     args = parser.parse_args(argv)
 
@@ -543,6 +568,7 @@ def explain_errors() -> Iterator[None]:
     sys.exit(2)
 
 
+# ---- The run: all of the above, in the tutorial's order ---------------------------------------
 @explain_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """The tutorial as one story, from its first cell to its last."""
@@ -557,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("The images are generated: this shows that the lab works, nothing about CIFAR-10")
     elif args.device == "cpu":
         print("20 epochs take hours on a CPU; the whole lab in a minute: python lab0.py --smoke")
-    sys.stdout.flush()
+    sys.stdout.flush()  # a pipe would hold these lines back for minutes
     set_seed(args.seed)
 
     # Data
@@ -584,9 +610,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Optimization
     criterion = nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=(args.precision == "fp16"))
-    # momentum: w -= lr * v with v = 0.9 * v + gradient, a running sum in which noise cancels out and
-    # what the steps agree on adds up; weight decay: the gradient includes 5e-4 * w, so that weights
-    # stay small; fused: one pass for all of it, but v is garbage if a scaler skips the first step
+    # momentum: w -= lr * v with v = 0.9 * v + gradient, a running sum in which noise cancels out
+    # and what the steps agree on adds up; weight decay: the gradient includes 5e-4 * w, so that
+    # weights stay small; fused: one pass for all of it, but if a scaler skips the first step,
+    # torch's fused SGD goes on from an uninitialized v
     fused = not scaler.is_enabled()
     optimizer = SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, fused=fused)
     steps_per_epoch = len(dataflow["train"])
@@ -603,24 +630,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, history = checkpoint["config"], checkpoint["history"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    saved = time.perf_counter()
+    last_save = time.perf_counter()
     for epoch in tqdm(range(len(history) + 1, args.epochs + 1), desc="run", disable=None):
-        set_seed(args.seed, epoch)
+        set_seed(args.seed, epoch)  # so that a resumed run draws what it would have drawn
         start = time.perf_counter()
         loss = train(model, dataflow["train"], criterion, optimizer, scheduler, scaler=scaler)
         trained = time.perf_counter()  # train and evaluate end when the device has finished
         metric = evaluate(model, dataflow["test"])
         done = time.perf_counter()
-        line = f"epoch {epoch}: loss {loss:.4f}, accuracy {metric:.2f} %, {done - start:.1f} s"
-        with tqdm.external_write_mode():
-            print(line, flush=True)
+        tqdm.write(f"epoch {epoch}: loss {loss:.4f}, accuracy {metric:.2f} %, {done - start:.1f} s")
+        sys.stdout.flush()
         if not math.isfinite(loss):
             sys.exit(f"lab0.py: error: the loss is {loss}; try a lower --lr than {args.lr}")
         times = {"train_seconds": trained - start, "seconds": done - start}
         history.append({"epoch": epoch, "train_loss": loss, "test_accuracy": metric, **times})
-        if done - saved >= CHECKPOINT_SECONDS and epoch < args.epochs:
+        if done - last_save >= CHECKPOINT_SECONDS and epoch < args.epochs:
             save_checkpoint(checkpoint_path, parts, history, config)
-            saved = time.perf_counter()
+            last_save = time.perf_counter()
 
     # Visualization
     goal = TUTORIAL_ACCURACY if args.epochs == 20 and not args.smoke else None
@@ -628,21 +654,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     save(outputs / "predictions.png", plot_predictions(model, dataset["test"]).savefig)
 
     # Results
-    cuda = device.type == "cuda"
-    environment = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    environment |= {"python": sys.version.split()[0], "precision": args.precision}
-    environment |= {"device": torch.cuda.get_device_name() if cuda else args.device}
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    metrics = {"config": config, "environment": environment, "params": num_params, "macs": num_macs}
-    metrics |= {f"{split}_images": len(dataset[split]) for split in dataset}
-    metrics |= {"epochs": history, "test_accuracy": metric, "peak_memory_bytes": peak}
+    metrics = collect_metrics(config, dataset, history, num_params, num_macs)
     save(outputs / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=2).encode()))
     save_checkpoint(checkpoint_path, parts, history, config)  # last: with it, the run is finished
     print(f"Test accuracy {metric:.2f} %" + (f"; the tutorial's bar: {goal} %" if goal else ""))
     seconds = sum(epoch["train_seconds"] for epoch in history)
     speed = len(dataset["train"]) * len(history) / seconds
     print(f"Training took {seconds:.1f} s, {speed:,.0f} images/s")
-    if peak:
+    if peak := metrics["peak_memory_bytes"]:
         print(f"Peak GPU memory {peak / 2**30:.2f} GiB")
     print(f"Pictures, metrics.json and checkpoint.pth are in {outputs}")
 
