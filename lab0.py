@@ -348,7 +348,7 @@ def plot_history(history: Sequence[Mapping[str, float]], target: float | None = 
     for index, key in enumerate(labels, 1):
         axis = figure.add_subplot(1, 2, index, xlabel="Epoch", ylabel=labels[key])
         axis.plot([epoch["epoch"] for epoch in history], [epoch[key] for epoch in history], "o-")
-        axis.locator_params(axis="x", integer=True)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.grid(True)
     if target is not None:  # axis: still the accuracy's
         axis.axhline(target, color="black", linestyle="--", label=f"the tutorial's {target} %")

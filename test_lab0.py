@@ -703,6 +703,15 @@ def test_schedule_picture_marks_its_peak():
     assert axis.get_xlabel() == "Number of Steps" and axis.get_ylabel() == "Learning Rate"
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 20])
+def test_history_picture_counts_whole_epochs(epochs):
+    epoch = {"train_loss": 2.0, "test_accuracy": 40.0}
+    history = [{"epoch": number, **epoch} for number in range(1, epochs + 1)]
+    for axis in lab0.plot_history(history).axes:
+        ticks = axis.get_xticks()
+        assert 1 <= len(ticks) <= 12 and all(tick == int(tick) for tick in ticks)
+
+
 def test_sample_grid_has_a_column_per_class():
     dataset = make_dataset(10, 100)["test"]
     axes = lab0.plot_samples(dataset).axes
