@@ -26,6 +26,7 @@ test: $(VENV)
 		|| { echo "lab0 needs Python 3.10 or newer as python3"; exit 1; }
 	@python3 -c 'import ensurepip' 2>/dev/null \
 		|| { echo "This Python has no venv. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing PyTorch and the rest into .venv: some minutes, 5.5 GB"
 	python3 -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	@touch $@
