@@ -371,7 +371,7 @@ def report(args: Namespace, dataset: dict, counts: dict, history: list, goal: fl
         **{f"{split}_images": len(dataset[split]) for split in dataset},
         "epochs": history,
         "test_accuracy": history[-1]["test_accuracy"],
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
     }
     Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2))
     bar = f"; the tutorial's bar: {goal} %" if goal else ""
