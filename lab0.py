@@ -155,7 +155,7 @@ class VGG(nn.Module):
         with torch.autocast(x.device.type, self.dtype, enabled=(self.dtype != torch.float32)):
             if self.dtype == torch.float16 and self.training:
                 # float16 rounds small gradients to 0: make the backbone's 1024 times as large in it
-                # (Micikevicius et al., 2018); w - w.detach() is 0, but for its gradient
+                # (Micikevicius et al., 2018) in training; w - w.detach() is 0 but for its gradient
                 weights = self.backbone.named_parameters()
                 weights = {name: w.detach() + (w - w.detach()) / 1024 for name, w in weights}
                 x = functional_call(self.backbone, weights, x).float()
