@@ -418,7 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device, outputs = args.device, Path(args.output_dir)
     checkpoint = load_checkpoint(outputs / "checkpoint.pth", vars(args)) if args.resume else {}
-    print(f"Lab 0 on {device} in {args.precision}")
+    history = checkpoint.get("history", [])
+    print(f"Lab 0 on {device} in {args.precision}: {len(history)} of {args.epochs} epochs done")
     if device == "cpu" and not args.smoke:
         print("20 epochs take hours on a CPU; the whole lab in a minute: python lab0.py --smoke")
     outputs.mkdir(parents=True, exist_ok=True)
@@ -454,7 +455,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Training
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = checkpoint.get("history", [])
     for name in parts.keys() & checkpoint.keys():
         parts[name].load_state_dict(checkpoint[name])
     last_save = time.perf_counter()
