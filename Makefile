@@ -10,7 +10,7 @@ help:
 	@echo "make run    train on CIFAR-10, 20 epochs (ARGS=\"--epochs 5\" passes settings on)"
 	@echo "make smoke  the whole lab in about a minute, on generated images, without a download"
 	@echo "make test   check what the lab promises"
-	@echo "make clean  remove .venv and outputs; the data set stays"
+	@echo "make clean  remove .venv and caches; data and outputs stay"
 
 run: $(VENV)
 	$(PYTHON) lab0.py $(ARGS)
@@ -32,6 +32,6 @@ test: $(VENV)
 	@touch $@
 
 clean:
-	rm -rf .venv outputs __pycache__ .pytest_cache
+	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
 
 .PHONY: help run smoke test clean
