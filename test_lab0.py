@@ -1,8 +1,8 @@
 """What lab0 promises, one test for each promise. `make test` runs them, without a network.
 
-First come the tutorial's numbers, which need nothing but lab0. Then fixtures, and the other tests in
-the lab's order: data, model and precision, training, the whole run, interruptions and errors, the
-download, the README, CUDA.
+First come the tutorial's numbers, which need nothing but lab0. Then fixtures, and the other tests
+in the lab's order: data, model and precision, training, the whole run, interruptions and errors,
+the download, the README, CUDA.
 
 A fixture is a function that prepares something for a test. A test that names it as an argument gets
 what it returns. What a fixture changes in lab0 or torchvision is put back after the test.
@@ -214,6 +214,7 @@ def test_a_split_has_single_images_at_any_integer_and_can_be_looped_over(dataset
         image, target = dataset["test"][i]
         assert torch.equal(image, dataset["test"].images[3] / 255)
         assert target == dataset["test"].targets[3]
+        assert dataset["train"][i][0].shape == (3, 32, 32)
     samples = [[] for _ in range(10)]
     for image, label in dataset["test"]:  # as the tutorial does
         samples[label].append(image)
@@ -325,12 +326,12 @@ def relative_error(ours, exact):
 @pytest.mark.parametrize("case", ["training", "frozen BatchNorm", "copied", "weight replaced"])
 def test_low_precision_has_float32s_gradients(case, dtype, device, trained_vgg, dataset):
     model = trained_vgg.to(device)
-    if case == "frozen BatchNorm":
-        model.eval()
-    if case == "weight replaced":
-        model.backbone.conv1.weight = nn.Parameter(0.9 * model.backbone.conv1.weight.detach())
     fast_model = lab0.MixedPrecision(model, dtype)
-    if case == "copied":
+    if case == "frozen BatchNorm":
+        fast_model.eval()
+    elif case == "weight replaced":
+        model.backbone.conv1.weight = nn.Parameter(0.9 * model.backbone.conv1.weight.detach())
+    elif case == "copied":
         fast_model = copy.deepcopy(fast_model)
     exact, exact_of_images = gradients(model, dataset["test"], device)
     ours, ours_of_images = gradients(fast_model, dataset["test"], device)
