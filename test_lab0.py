@@ -4,8 +4,14 @@ First come the tutorial's numbers, which need nothing but lab0. Then fixtures, a
 in the lab's order: data, model and precision, training, the whole run, interruptions and errors,
 the download, the README, CUDA.
 
-A fixture is a function that prepares something for a test. A test that names it as an argument gets
-what it returns. What a fixture changes in lab0 or torchvision is put back after the test.
+A fixture is a function that prepares something: a test that names it as an argument gets what it
+returns. pytest brings some: tmp_path is an empty folder, capsys has what was printed, and
+monkeypatch.setattr replaces something until the test ends, often by a Mock, which notes how it is
+called. pytest.raises expects an error, and parametrize runs a test once for each of some values.
+
+For a lab of your own, change what no longer holds. Another network: "The tutorial's numbers",
+small_vgg, and the tests of VGG's layers. Other images or classes: cifar10_files and cifar10_root.
+Another recipe: the schedule's numbers, make_training, and the tests of checkpoint and defaults.
 """
 
 import copy
@@ -80,7 +86,7 @@ on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", 
 
 @pytest.fixture(scope="session")
 def cifar10_files():
-    """The files of a CIFAR-10 with 200 + 40 images, as bytes by name.
+    """The files of a CIFAR-10 with 200 + 40 images, as bytes by name, in CIFAR-10's own format.
 
     A class is a pattern under noise. One test image of each class has a wrong label: the best
     possible accuracy is 75%.
@@ -102,6 +108,7 @@ def cifar10_files():
 @pytest.fixture
 def small_vgg(monkeypatch):
     """lab0.VGG gets fewer channels, and learns the small CIFAR-10 in a second."""
+    # The last number stays 512, since the classifier has as many inputs
     monkeypatch.setattr(lab0.VGG, "ARCH", [8, "M", 8, "M", 8, "M", 512, "M"])
 
 
@@ -113,7 +120,7 @@ def cifar10_root(cifar10_files, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", batches)
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
-    monkeypatch.setattr(lab0, "SOURCES", [])
+    monkeypatch.setattr(lab0, "SOURCES", [])  # nothing is downloaded
     folder = tmp_path / "data" / "cifar10" / CIFAR10.base_folder
     folder.mkdir(parents=True)
     for name, content in cifar10_files.items():
@@ -177,7 +184,7 @@ def test_seeds_are_the_tutorials_and_no_two_epochs_draw_the_same_numbers():
 def test_each_crop_and_flip_is_one_of_162_and_all_are_equally_likely():
     picture = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
     padded = T.functional.pad(T.ToPILImage()(picture), 4)
-    numbers = {}  # of the images that torchvision's crop, flip and ToTensor can make
+    numbers = {}  # one for each image that torchvision's crop, flip and ToTensor can make
     for top, left in itertools.product(range(9), range(9)):
         crop = T.functional.crop(padded, top, left, 32, 32)
         for image in [crop, T.functional.hflip(crop)]:
@@ -248,32 +255,31 @@ def test_training_images_come_once_an_epoch_in_a_new_order_and_others_in_theirs(
     assert order("valid") == list(valid_part.indices)  # torch's random_split works, as a third
 
 
+def drawn_places(figure):
+    """The places in the grid that have an image: place = 10 * row + column."""
+    return {axis.get_subplotspec().num1: axis for axis in figure.axes if axis.images}
+
+
 def test_samples_are_the_first_four_of_each_class_in_its_column(dataset):
     test = dataset["test"]
-    axes = lab0.plot_samples(test).axes
-    drawn = {axis.get_subplotspec().num1: axis for axis in axes if axis.images}
+    drawn = drawn_places(lab0.plot_samples(test))
     assert [drawn[place].get_title() for place in range(40)] == CLASSES * 4
     third_cat = test.images[test.targets == 3][2] / 255
     assert np.array_equal(drawn[23].images[0].get_array(), third_cat.permute(1, 2, 0))
 
 
 def test_samples_of_fewer_classes_and_images_are_what_there_is():
-    axes = lab0.plot_samples(make_split(7, num_classes=3)).axes
-    drawn = {axis.get_subplotspec().num1 for axis in axes if axis.images}
-    assert drawn == {0, 1, 2, 10, 11, 12, 20}
+    drawn = drawn_places(lab0.plot_samples(make_split(7, num_classes=3)))
+    assert set(drawn) == {0, 1, 2, 10, 11, 12, 20}
 
 
 # ---- Model and precision ---------------------------------------------------------------------
-def test_layers_have_the_tutorials_order_and_names():
-    model = lab0.VGG().eval()
-    layers = [name.rstrip("01234567") for name, _ in model.backbone.named_children()]
-    assert layers == ["conv", "bn", "relu", "conv", "bn", "relu", "pool"] * 4
-    names = [f"backbone.bn7.{name}" for name in nn.BatchNorm2d(1).state_dict()]
-    last = ["backbone.conv7.weight", *names, "classifier.weight", "classifier.bias"]
-    assert list(model.state_dict())[-len(last) :] == last
-    images = torch.rand(2, 3, 32, 32)
-    averages = model.backbone(images).mean(dim=[2, 3])
-    assert torch.equal(model(images), model.classifier(averages))
+def test_layers_have_the_tutorials_order_and_names_for_later_labs_to_load():
+    layers = [name for name, _ in lab0.VGG().backbone.named_children()]
+    assert layers[:7] == ["conv0", "bn0", "relu0", "conv1", "bn1", "relu1", "pool0"]
+    assert layers[21:] == ["conv6", "bn6", "relu6", "conv7", "bn7", "relu7", "pool3"]
+    names = {"backbone.conv7.weight", "backbone.bn7.running_mean", "classifier.bias"}
+    assert names < set(lab0.VGG().state_dict())
 
 
 def test_counting_leaves_a_model_as_it_was_and_leaves_out_what_is_frozen(small_vgg):
@@ -292,21 +298,12 @@ def test_macs_are_counted_for_any_shape_and_for_a_pruned_model():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
     assert lab0.count_macs(model, (1, 3, 64, 64)) == 3 * 8 * 3 * 3 * 64 * 64
     l1_unstructured(model[0], "weight", amount=0.5)
-    model(torch.rand(1, 3, 8, 8))  # from now on the masked weight belongs to a graph
-    mask = 3 * 8 * 3 * 3
-    assert lab0.count_macs(model, (1, 3, 8, 8)) == 3 * 8 * 3 * 3 * 8 * 8 + mask
+    model(torch.rand(1, 3, 8, 8))  # from now on the pruned weight remembers its gradient's way
+    masking = 3 * 8 * 3 * 3  # is a multiplication for each weight
+    assert lab0.count_macs(model, (1, 3, 8, 8)) == 3 * 8 * 3 * 3 * 8 * 8 + masking
 
 
 LOW = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def trained_vgg(run):
-    """The small VGG with the weights of a whole run."""
-    _, checkpoint = run()
-    model = lab0.VGG()
-    model.load_state_dict(checkpoint["state_dict"])
-    return model
 
 
 def gradients(model, split, device):
@@ -324,12 +321,14 @@ def relative_error(ours, exact):
 @on_each_device
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", ["training", "frozen BatchNorm", "copied", "weight replaced"])
-def test_low_precision_has_float32s_gradients(case, dtype, device, trained_vgg, dataset):
-    model = trained_vgg.to(device)
+def test_low_precision_has_float32s_gradients(case, dtype, device, run, dataset):
+    _, checkpoint = run()
+    model = lab0.VGG().to(device)
+    model.load_state_dict(checkpoint["state_dict"])
     fast_model = lab0.MixedPrecision(model, dtype)
     if case == "frozen BatchNorm":
         fast_model.eval()
-    elif case == "weight replaced":
+    elif case == "weight replaced":  # as a lab that prunes does
         model.backbone.conv1.weight = nn.Parameter(0.9 * model.backbone.conv1.weight.detach())
     elif case == "copied":
         fast_model = copy.deepcopy(fast_model)
@@ -337,6 +336,7 @@ def test_low_precision_has_float32s_gradients(case, dtype, device, trained_vgg, 
     ours, ours_of_images = gradients(fast_model, dataset["test"], device)
     mean_error = np.mean([relative_error(a, b) for a, b in zip(ours, exact)])
     print(f"mean relative error of the gradients: {mean_error:.1%}")
+    # Without its scale, float16 would be off by 0.9. An error of 0 would mean float32.
     assert 0 < mean_error < 0.1
     assert 0 < relative_error(ours_of_images, exact_of_images) < 0.3
 
@@ -349,9 +349,9 @@ def test_precision_changes_how_a_model_computes_and_nothing_else(dtype, device, 
     images = torch.rand(4, 3, 32, 32, device=device)
     outputs = fast_model(images)
     assert outputs.dtype == torch.float32
-    assert torch.equal(outputs, model(images)) == (dtype == torch.float32)
     assert torch.allclose(outputs, model(images), atol=0.05)
-    assert list(fast_model.parameters()) == list(model.parameters())
+    assert torch.equal(outputs, model(images)) == (dtype == torch.float32)  # no bit differs there
+    assert all(a is b for a, b in zip(fast_model.parameters(), model.parameters(), strict=True))
     assert {weight.dtype for weight in fast_model.parameters()} == {torch.float32}
     assert lab0.count_macs(fast_model) == lab0.count_macs(model)
 
@@ -367,12 +367,14 @@ def make_training(model, split, batch_size, **sgd_options):
 
 
 def test_twenty_losses_are_those_of_the_tutorials_loop():
-    # In float64 the rounding errors stay too small for a ReLU to fall on the other side of 0
+    # This is about train(); main's own recipe is in the test of the checkpoint. In float64 rounding
+    # errors stay too small for a ReLU to fall on the other side of 0.
     lab0.set_seed(0)
     split = lab0.generate_dataset("cpu")["train"]
     model = lab0.VGG().double().to(memory_format=torch.channels_last)
     theirs = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     _, dataflow, *ours = make_training(model, split, 2, fused=True)
+    # From here on, `theirs`, `optimizer` and `scheduler` are the tutorial's
     optimizer = SGD(theirs.parameters(), lr=0.4, momentum=0.9, weight_decay=5e-4)
     scheduler = LambdaLR(optimizer, lambda step: np.interp([step / 98], [0, 6, 20], [0, 1, 0])[0])
     differences = []
@@ -392,16 +394,17 @@ def test_twenty_losses_are_those_of_the_tutorials_loop():
 def make_linear_model(calls):
     """A quick network that notes of each call: is it for training? is it without gradients?"""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    note = lambda *args: calls.append((model.training, torch.is_inference_mode_enabled()))
-    model.register_forward_hook(note)
+    model.register_forward_hook(
+        lambda *args: calls.append((model.training, torch.is_inference_mode_enabled()))
+    )
     return model
 
 
 def test_train_returns_the_mean_loss_over_images_and_calls_back_after_each_step():
     dataflow = lab0.make_dataflow({"test": make_split(70, 10)}, 32)["test"]  # of 32, 32 and 6
     calls, events = [], []
-    model = make_linear_model(calls).eval()
-    optimizer = SGD(model.parameters(), lr=0)
+    model = make_linear_model(calls).eval()  # train() has to switch it
+    optimizer = SGD(model.parameters(), lr=0)  # keeps the weights, so that the loss is known
     scheduler = LambdaLR(optimizer, lab0.make_lr_lambda(3))
     callbacks = [lambda: events.append("a"), lambda: events.append(scheduler.last_epoch)]
     loss = lab0.train(model, dataflow, nn.CrossEntropyLoss(), optimizer, scheduler, callbacks)
@@ -423,8 +426,8 @@ def test_evaluate_returns_the_percentage_of_right_answers():
 
 
 def test_no_step_reads_a_value_from_the_device(small_vgg):
-    # Tensors on torch's "meta" device have a shape and no values, and reading one is an error. So
-    # an epoch can go through all its steps, until its last line reads the result.
+    # Reading a value makes the CPU wait for the GPU. Tensors on torch's "meta" device have a shape
+    # and no values, and reading one is an error: an epoch gets to its last line, which reads.
     images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8, device="meta")
     targets = torch.zeros(30, dtype=torch.int64, device="meta")
     split = lab0.DeviceDataset(images, targets, CLASSES, lab0.transforms["train"])
@@ -477,11 +480,15 @@ def test_a_run_learns(run, dataset):
 
 def test_metrics_json_tells_settings_environment_counts_and_epochs(run):
     metrics, checkpoint = run()
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    python = sys.version.split()[0]
     assert metrics == {
         "config": checkpoint["config"],
-        "environment": {"python": python, **versions, "device": "cpu", "precision": "fp32"},
+        "environment": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "device": "cpu",
+            "precision": "fp32",
+        },
         "params": lab0.count_params(lab0.VGG()),
         "macs": lab0.count_macs(lab0.VGG()),
         "train_images": 200,
@@ -490,23 +497,18 @@ def test_metrics_json_tells_settings_environment_counts_and_epochs(run):
         "test_accuracy": checkpoint["history"][2]["test_accuracy"],
         "peak_memory_bytes": None,
     }
-    names = {"epoch", "train_loss", "test_accuracy", "train_seconds", "seconds"}
-    for number, record in enumerate(metrics["epochs"], start=1):
-        assert set(record) == names and record["epoch"] == number
-        assert 0 < record["train_seconds"] < record["seconds"]
+    assert [record["epoch"] for record in metrics["epochs"]] == [1, 2, 3]
+    assert all(0 < record["train_seconds"] < record["seconds"] for record in metrics["epochs"])
 
 
-def test_checkpoint_holds_what_a_run_needs_to_go_on(run, cifar10_root, tmp_path):
+def test_checkpoint_holds_the_tutorials_optimizer_and_the_settings(run, cifar10_root, tmp_path):
     _, checkpoint = run()
-    (group,) = checkpoint["optimizer"].pop("param_groups")
+    (group,) = checkpoint["optimizer"]["param_groups"]
     assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
     assert group["fused"] and not group["nesterov"] and group["dampening"] == 0
-    assert len(group["params"]) == len(list(lab0.VGG().parameters()))
-    assert list(checkpoint["state_dict"]) == list(lab0.VGG().state_dict())
     weight = checkpoint["state_dict"]["backbone.conv1.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert checkpoint["epoch"] == len(checkpoint["history"]) == 3
-    assert checkpoint["scheduler"]["last_epoch"] == 3 * 17
     folders = [f"--data-root={cifar10_root}", f"--output-dir={tmp_path / 'run'}"]
     assert checkpoint["config"] == vars(lab0.parse_args([*QUICK, *folders]))
 
@@ -535,15 +537,20 @@ def test_a_run_prints_what_the_tutorial_prints_and_a_summary(run, tmp_path, caps
 def test_a_run_leaves_six_files(small_vgg, cifar10_root, tmp_path):
     lab0.main([*QUICK, f"--data-root={cifar10_root}", f"--output-dir={tmp_path / 'run'}"])
     sizes = {path.name: imread(path).shape[:2] for path in (tmp_path / "run").glob("*.png")}
-    assert sizes.pop("samples.png") == (900, 2000) and sizes.pop("lr_schedule.png") == (500, 800)
-    assert sizes == {"history.png": (500, 1200), "predictions.png": (1000, 2000)}
-    assert len(list((tmp_path / "run").iterdir())) == 6
+    assert sizes == {
+        "samples.png": (900, 2000),
+        "lr_schedule.png": (500, 800),
+        "history.png": (500, 1200),
+        "predictions.png": (1000, 2000),
+    }
+    others = {path.name for path in (tmp_path / "run").iterdir()} - set(sizes)
+    assert others == {"metrics.json", "checkpoint.pth"}
 
 
 def test_the_pictures_are_of_the_test_images_and_of_the_runs_figures(run):
     metrics, _ = run()
     assert len(lab0.plot_samples.call_args.args[0]) == 40
-    assert lab0.plot_lr_schedule.call_args.args[1:] == (51, 0.01)
+    assert lab0.plot_lr_schedule.call_args.args[1:] == (51, 0.01)  # 3 epochs of 17 batches
     assert lab0.plot_history.call_args.args == (metrics["epochs"], None)
     assert len(lab0.plot_predictions.call_args.args[1]) == 40
 
@@ -565,17 +572,18 @@ def test_twenty_epochs_are_held_against_the_goal_if_there_is_one(goal, run, monk
     assert lab0.plot_lr_schedule.call_args.args[0](6) == 1  # the peak, at one step an epoch
 
 
-@pytest.mark.parametrize("flags", ["fp32", "bf16 --compile", "fp16"])
-def test_smoke_needs_no_data_and_other_flags_count(flags, run, monkeypatch):
-    compiled = []
+@pytest.mark.parametrize("precision, flags", [("fp32", []), ("bf16", ["--compile"]), ("fp16", [])])
+def test_smoke_learns_without_data_and_obeys_other_flags(precision, flags, run, monkeypatch):
+    compiled = []  # torch.compile itself takes too long here
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
-    metrics, checkpoint = run("--smoke", "--data-root=nowhere", "--precision", *flags.split())
-    assert metrics["environment"]["precision"] == flags[:4] and metrics["train_images"] == 200
+    nowhere = ["--data-root=nowhere", f"--precision={precision}"]
+    metrics, checkpoint = run("--smoke", *nowhere, *flags)
+    assert metrics["test_images"] == 100 and metrics["environment"]["precision"] == precision
     assert metrics["epochs"][2]["train_loss"] < metrics["epochs"][0]["train_loss"]
-    assert {t.dtype for t in checkpoint["state_dict"].values()} == {torch.float32, torch.int64}
+    assert checkpoint["state_dict"]["classifier.weight"].dtype == torch.float32
     fast_model, _ = lab0.plot_predictions.call_args.args
-    assert fast_model.dtype == lab0.DTYPES[flags[:4]]
-    assert compiled == ([fast_model] if "--compile" in flags else [])
+    assert fast_model.dtype == lab0.DTYPES[precision]
+    assert compiled == ([fast_model] if flags else [])
 
 
 def test_defaults_are_the_tutorials_and_each_script_has_folders_of_its_own(tmp_path):
@@ -605,12 +613,14 @@ def test_the_best_tested_device_is_the_default(gpu, monkeypatch):
 
 
 # ---- Interrupted runs and errors -------------------------------------------------------------
-def test_an_interrupted_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_to_the_same_bits_even_in_a_moved_folder(
+    run, tmp_path, monkeypatch, capsys
+):
     _, whole = run()
-    epochs = iter([lab0.evaluate, Mock(side_effect=KeyboardInterrupt)])  # the second is cut short
+    first_accuracy = whole["history"][0]["test_accuracy"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lab0, "evaluate", lambda *args: next(epochs)(*args))
-        patch.setattr(lab0, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(lab0, "evaluate", Mock(side_effect=[first_accuracy, KeyboardInterrupt]))
+        patch.setattr(lab0, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each epoch
         run(output_dir=tmp_path / "first")
     (tmp_path / "first").rename(tmp_path / "moved")
     _, resumed = run("--resume", output_dir=tmp_path / "moved")
@@ -640,33 +650,24 @@ def test_the_last_checkpoint_is_written_before_the_last_pictures(run, monkeypatc
     assert len(run("--resume")[0]["epochs"]) == 3
 
 
-@pytest.mark.parametrize(
-    "flag, message",
-    [
-        ("--epochs=4", "epochs was 3, not 4"),
-        ("--seed=1", "seed was 0, not 1"),
-        ("--batch-size=50", "batch_size was 12, not 50"),
-        ("--lr=0.1", "lr was 0.01, not 0.1"),
-        ("--precision=bf16", "precision was fp32, not bf16"),
-        ("--compile", "compile was False, not True"),
-        ("--smoke", "smoke was False, not True"),
-        ("new", "warmup is new"),
-    ],
-)
-def test_resume_says_which_setting_has_changed_or_is_new(flag, message, tmp_path):
+def test_resume_compares_every_setting_but_the_folders_and_names_what_differs(tmp_path):
     config = vars(lab0.parse_args(QUICK))
     path = tmp_path / "checkpoint.pth"
     lab0.save_checkpoint(path, {}, [], config)
-    folders = ["--data-root=elsewhere", "--output-dir=elsewhere", "--resume"]
-    same = vars(lab0.parse_args([*QUICK, *folders]))
-    assert lab0.load_checkpoint(path, same)["config"] == config
-    changed = {**same, "warmup": 5} if flag == "new" else vars(lab0.parse_args([*QUICK, flag]))
-    with pytest.raises(SystemExit, match=f"^error: --resume: {message}"):
-        lab0.load_checkpoint(path, changed)
+    for name in config:
+        changed = {**config, name: "another"}
+        if name in {"data_root", "output_dir", "resume"}:
+            assert lab0.load_checkpoint(path, changed)["config"] == config
+        else:
+            message = f"^error: --resume: {name} was {config[name]}, not another$"
+            with pytest.raises(SystemExit, match=message):
+                lab0.load_checkpoint(path, changed)
+    with pytest.raises(SystemExit, match="^error: --resume: warmup is new"):
+        lab0.load_checkpoint(path, {**config, "warmup": 5})
 
 
 class Trap:
-    """Whoever loads a pickle of it makes a file."""
+    """Loading a pickle of it runs code, which makes a file."""
 
     def __reduce__(self):
         return Path.touch, (Path("trapped"),)
@@ -692,9 +693,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(ru
 
 @pytest.fixture
 def script_error(monkeypatch, capsys):
-    """A function that runs lab0.py as a script, which must fail; returns its last error line."""
+    """A function that runs lab0.py as a script, which must exit; returns its last error line."""
 
     def run_script(*args):
+        # The script is run as a fresh copy: patches of lab0 don't reach it, patches of torch do
         monkeypatch.setattr(sys, "argv", ["lab0.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(lab0.__file__, run_name="__main__")
@@ -719,13 +721,6 @@ def test_a_wrong_argument_is_named_with_its_value(flag, value, script_error):
     assert "error: " in line and flag in line and value in line
 
 
-@pytest.mark.parametrize("flag", ["--data-root", "--output-dir"])
-def test_a_folder_that_cannot_be_made_is_one_error(flag, script_error, tmp_path):
-    (tmp_path / "file").touch()
-    line = script_error(f"--output-dir={tmp_path}", "--device=cpu", f"{flag}={tmp_path}/file/new")
-    assert line.startswith("error: ") and str(tmp_path / "file") in line and "--smoke" not in line
-
-
 @pytest.mark.parametrize(
     "error, text",
     [
@@ -740,10 +735,9 @@ def test_what_a_user_can_cause_ends_in_one_line(error, text, script_error, monke
     assert line.startswith("error: ") and text in line and "\n" not in line
 
 
-@pytest.mark.parametrize("bug", [ValueError, RuntimeError, KeyError])
-def test_a_bug_keeps_its_traceback(bug, script_error, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "manual_seed", Mock(side_effect=bug))
-    with pytest.raises(bug):
+def test_a_bug_keeps_its_traceback(script_error, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "manual_seed", Mock(side_effect=RuntimeError))
+    with pytest.raises(RuntimeError):
         script_error("--smoke", "--output-dir", tmp_path)
 
 
@@ -804,7 +798,7 @@ def test_if_all_sources_fail_the_archive_can_be_saved_by_hand(
     with pytest.raises(OSError) as error:
         lab0.load_dataset(tmp_path / "new", "cpu")
     assert all(way_out in str(error.value) for way_out in [sources[0], str(file), "--smoke"])
-    shutil.copy(archive, file)  # over what the last source has left
+    shutil.copy(archive, file)  # over what the last source has left; now no source is needed
     assert len(lab0.load_dataset(tmp_path / "new", "cpu")["train"]) == 200
 
 
@@ -814,7 +808,7 @@ def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("block", code_blocks("python"), ids=str.splitlines)
+@pytest.mark.parametrize("block", code_blocks("python"))
 def test_readmes_python_runs_as_it_stands(block, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where data/cifar10 is
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -832,8 +826,9 @@ def test_readmes_diffs_remove_lines_that_are_there():
 @on_cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_cuda_runs_of_the_full_network_agree_bit_for_bit(precision, run, monkeypatch):
-    monkeypatch.setattr(lab0.VGG, "ARCH", FULL_ARCH)
-    (metrics, one), (_, other) = (run("--device=cuda", f"--precision={precision}") for _ in "12")
+    monkeypatch.setattr(lab0.VGG, "ARCH", FULL_ARCH)  # `run` has made it small
+    flags = ["--device=cuda", f"--precision={precision}"]
+    (metrics, one), (_, other) = run(*flags), run(*flags)
     assert metrics["params"] == 9_228_362 and metrics["peak_memory_bytes"] > 0
     assert_same_training(one, other)
 
@@ -852,4 +847,4 @@ def test_cuda_steps_never_wait_for_the_device(dtype, cifar10_root):
             lab0.train(*training, callbacks=[lambda: steps.append("step")])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert steps == ["step"] * 4
+    assert steps == ["step"] * 4  # 200 images, 50 a step
