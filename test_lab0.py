@@ -519,7 +519,7 @@ def test_a_run_prints_what_the_tutorial_prints_and_a_summary(run, tmp_path, caps
     params, macs, last = metrics["params"], metrics["macs"], metrics["epochs"][-1]
     seconds = sorted(record["train_seconds"] for record in metrics["epochs"])
     for line in [
-        "On cpu in fp32: 0 of 3 epochs are done\nA CPU needs minutes for an epoch",
+        "On cpu in fp32: 0 of 3 epochs are done\nAn epoch takes minutes on a CPU",
         "[inputs] dtype: torch.float32, shape: torch.Size([12, 3, 32, 32])",
         "[targets] dtype: torch.int64, shape: torch.Size([12])",
         "(conv3): Conv2d(8, 512, kernel_size=(3, 3)",
