@@ -139,10 +139,9 @@ def load_dataset(root: str | Path, device: str) -> dict[str, DeviceDataset]:
 
 def draw_image(figure: Figure, index: int, image: Tensor, title: str) -> None:
     """Draw an image, float [3, H, W] from 0 to 1, in cell `index` of a grid of 4 x 10."""
-    axis = figure.add_subplot(4, 10, index + 1, xticks=[], yticks=[], frame_on=False)
+    axis = figure.add_subplot(4, 10, index + 1, title=title, xticks=[], yticks=[], frame_on=False)
     # Convert from CHW to HWC for visualization
     axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # no blur
-    axis.set_title(title)
 
 
 def plot_samples(data: DeviceDataset) -> Figure:
