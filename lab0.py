@@ -1,7 +1,7 @@
 """Lab 0 of MIT 6.5940: train a VGG-11 variant on CIFAR-10, as the PyTorch tutorial does.
 
 python lab0.py            # the lab: 20 epochs, then pictures and results in outputs/lab0
-python lab0.py --smoke    # a quick trial on generated images: a minute, no download or GPU
+python lab0.py --smoke    # a one-minute trial on generated images; needs no download and no GPU
 python lab0.py --help     # every setting
 
 A full run reached 93.03% test accuracy (the tutorial expects more than 92.5%): 20 epochs, seed 0,
@@ -66,8 +66,8 @@ class RandomCrop:
         # All windows of `size` rows (dimension 2) and `size` columns (3), in steps of 1: the shape
         # is [N, C, tops, lefts, size, size]. unfold does this without copying any pixels.
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        # Draw a top and a left for each image. The three index tensors are read in parallel: image
-        # k is cropped to windows[k, :, top[k], left[k]].
+        # Draw a top and a left for each image. The three index tensors are matched element by
+        # element: result k is windows[k, :, top[k], left[k]].
         every = torch.arange(len(images), device=images.device)
         top = torch.randint(windows.shape[2], (len(images),), device=images.device)
         left = torch.randint(windows.shape[3], (len(images),), device=images.device)
@@ -83,7 +83,8 @@ class RandomHorizontalFlip:
         return torch.where(mirror, images.flip(3), images)  # dimension 3: left to right
 
 
-# load_dataset makes tensors in CHW order, so only ToTensor's scaling to 0.0..1.0 is left to do.
+# load_dataset makes tensors in CHW order. What is left of ToTensor's work is to scale 0..255 to
+# 0.0..1.0, and ConvertImageDtype does that.
 # Many recipes also normalize by mean and standard deviation here, but the tutorial doesn't.
 to_tensor = ConvertImageDtype(torch.float32)
 augment = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), to_tensor])
@@ -114,8 +115,8 @@ class DeviceDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Return a batch. DataLoader calls this once per batch, not `data[i]` for each image."""
         # The images are on the device, so copy the indices there, too. With non_blocking, the CPU
-        # doesn't wait until they are copied. On MPS, Apple's GPU, that can silently go wrong
-        # (pytorch#189690), so only CUDA does it.
+        # doesn't wait for the copy to finish. On MPS, Apple's GPU, this can give wrong data without
+        # an error (pytorch#189690), so it is used only on CUDA.
         device = self.images.device
         return self[torch.tensor(indices).to(device, non_blocking=(device.type == "cuda"))]
 
@@ -160,8 +161,8 @@ def make_dataflow(dataset: dict[str, Dataset], batch_size: int = 512) -> dict[st
     """Make a DataLoader for each DeviceDataset in `dataset`; only "train" is shuffled."""
     dataflow = {}
     for split in dataset:
-        # num_workers stays 0: worker processes couldn't use images that are on the GPU.
-        # pin_memory only speeds up copying images to the GPU, so it isn't needed, either.
+        # num_workers keeps its default, 0: worker processes couldn't use images on the GPU.
+        # pin_memory only speeds up copying images to the GPU, so it isn't needed either.
         # The default collate_fn stacks single images, but __getitems__ returns a whole batch.
         dataflow[split] = DataLoader(
             dataset[split], batch_size, shuffle=(split == "train"), collate_fn=lambda batch: batch
@@ -214,8 +215,8 @@ def count_params(model: nn.Module) -> int:
 @torch.inference_mode()
 def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
     """Count the multiply-accumulates of inference on an input of `shape`, with torchprofile."""
-    # In training mode, the zeros below would change the averages that BatchNorm keeps. Afterwards,
-    # each layer gets its own mode back: some labs keep BatchNorm in eval mode and train the rest.
+    # In training mode, BatchNorm keeps averages of what it sees, and the zeros below would change
+    # them. Afterwards each layer's own mode is restored, since a later lab may mix the two modes.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters()).device
@@ -227,14 +228,14 @@ def count_macs(model: nn.Module, shape: Sequence[int] = (1, 3, 32, 32)) -> int:
 
 # ---- Optimization: the schedule. The loss and the optimizer are made in main. ------------------
 def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int], float]:
-    """Return a function from the step to the factor that the peak learning rate is multiplied by.
+    """Return a function that takes the step and returns the factor for the peak learning rate.
 
     The factor rises from 0 to 1 over the first 30% of the run, since random weights need small
-    steps, and then falls to 0, so that they settle (David Page, "How to Train Your ResNet", 2018).
+    changes, and then falls to 0 to let them settle (David Page, "How to Train Your ResNet", 2018).
     """
     corners = [0, num_epochs * 0.3, num_epochs]
-    # .item() makes it a Python float: main's checkpoints hold the learning rate, and NumPy's
-    # numbers can't be loaded from them safely
+    # .item() makes it a Python float: main saves the learning rate in a file, too, and torch.load
+    # in its safe mode (weights_only=True) rejects NumPy's numbers
     return lambda step: np.interp(step / steps_per_epoch, corners, [0, 1, 0]).item()
 
 
@@ -277,11 +278,11 @@ def train(
         # Update optimizer and LR scheduler
         optimizer.step()
         scheduler.step()
-        for callback in callbacks:  # unused in this lab; the pruning lab keeps weights at 0
+        for callback in callbacks:  # none here; the pruning lab sets removed weights back to 0
             callback()
-        # Update metrics. The loss is a mean, so multiply it by the batch size. detach() drops the
-        # record for backward(), which the sum would otherwise keep in memory. The GPU runs behind
-        # the CPU, and .item() waits for it, so it is called only once, at the end.
+        # Update metrics. The loss is a mean, so multiply it by the batch size. Without detach(),
+        # the sum would keep in memory all that backward() needed for every batch. .item() makes the
+        # CPU wait until the GPU has caught up, so it is called only once, at the end.
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
     return total_loss.item() / num_samples
@@ -316,7 +317,7 @@ def plot_history(history: Sequence[dict], goal: float | None = None) -> Figure:
         accuracy_axis.axhline(goal, color="black", linestyle="--", label=f"goal: {goal}%")
         accuracy_axis.legend(loc="lower right")
     for axis in figure.axes:
-        axis.locator_params(axis="x", integer=True, min_n_ticks=1)  # a tick only at whole epochs
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)  # ticks at whole epochs only
         axis.grid(True)
     return figure
 
@@ -361,7 +362,7 @@ def download_cifar10(root: str | Path) -> None:
         try:
             socket.setdefaulttimeout(20)  # seconds; without it torchvision would wait forever
             return download_and_extract_archive(url, root, None, archive.name, CIFAR10.tgz_md5)
-        except Exception as error:  # of any kind, a wrong MD5 sum included: try the next
+        except Exception as error:  # on any error, including a wrong MD5 sum, try the next
             print(f"{url} failed: {error}", file=sys.stderr)
         finally:
             socket.setdefaulttimeout(timeout)
@@ -507,7 +508,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.precision == "auto":
         args.precision = "fp32"
         if args.device == "cuda":
-            # A T4 has no bf16 hardware and emulates it, slowly
+            # A T4, for example, only emulates bf16, which is slow
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bf16" if bf16 else "fp16"
     return args
@@ -522,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device, output_dir = args.device, Path(args.output_dir)
     checkpoint = load_checkpoint(output_dir / "checkpoint.pth", vars(args)) if args.resume else {}
-    history = checkpoint.get("history", [])  # a record of each finished epoch
+    history = checkpoint.get("history", [])  # one record per finished epoch
     print(f"On {device} in {args.precision}: {len(history)} of {args.epochs} epochs are done")
     if device == "cpu" and not args.smoke:
         print("An epoch takes minutes on a CPU; with --smoke the whole lab takes one minute")
@@ -541,8 +542,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Model
     model = VGG().to(device)
     # channels_last changes no shape, only the order in memory: the channels at one position lie
-    # next to each other, which makes convolutions faster. Here the weights are put in that order,
-    # and the first convolution does it to the images. On MPS, gradients got wrong (pytorch#175189).
+    # next to each other, which makes convolutions faster. This puts the weights in that order, and
+    # then the first convolution converts the images. On MPS, it gave wrong gradients
+    # (pytorch#175189).
     if device != "mps":
         model = model.to(memory_format=torch.channels_last)
     print(model.backbone)
@@ -550,9 +552,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params, num_macs = count_params(model), count_macs(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)")
-    # fast_model computes with the weights of model, in the chosen precision. In bf16 and fp16,
-    # numbers have 16 bits, with which a GPU is several times as fast; older GPUs only have fp16.
-    # train and evaluate get fast_model; the optimizer and checkpoints need the weights, so model.
+    # fast_model computes with the weights of model, in the chosen precision. bf16 and fp16 are
+    # 16-bit formats, several times faster on a GPU; older GPUs only have fp16. train and evaluate
+    # get fast_model; the optimizer and the checkpoints get model, which owns the weights.
     fast_model = MixedPrecision(model, DTYPES[args.precision])
     if args.compile:
         fast_model.compile()  # on its first call, torch translates it into faster code
@@ -560,8 +562,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Optimization
     criterion = nn.CrossEntropyLoss()
     # Momentum: each weight w moves along v, a running sum of its gradients: v = 0.9 * v + gradient,
-    # w = w - lr * v. In v, the batches' random differences mostly cancel out, while the direction
-    # they agree on adds up. Before that, weight decay adds 5e-4 * w to each gradient, which keeps
+    # w = w - lr * v. In v, random differences between batches mostly cancel out, while the
+    # direction they share builds up. Weight decay first adds 5e-4 * w to each gradient, which keeps
     # the weights small. fused=True does the whole update in a single operation, for speed.
     optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
     steps_per_epoch = len(dataflow["train"])
@@ -582,8 +584,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_seed(args.seed, epoch)
         start = time.perf_counter()
         loss = train(fast_model, dataflow["train"], criterion, optimizer, scheduler)
-        trained = time.perf_counter()  # the GPU is done: .item() at the end of train waits for it
-        # The test accuracy is only reported: the last epoch's weights are kept. Choosing the epoch
+        trained = time.perf_counter()  # the GPU has finished: train's final .item() waits for it
+        # The test accuracy is only reported; the last epoch's weights are kept. Choosing the epoch
         # with the best test accuracy would make the result look better than it is.
         accuracy = evaluate(fast_model, dataflow["test"])
         done = time.perf_counter()
