@@ -542,9 +542,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Model
     model = VGG().to(device)
     # channels_last changes no shape, only the order in memory: the channels at one position lie
-    # next to each other, which makes convolutions faster. This puts the weights in that order, and
-    # then the first convolution converts the images. On MPS, it gave wrong gradients
-    # (pytorch#175189).
+    # next to each other, which makes convolutions faster. Once the weights are in that order, the
+    # first convolution converts the images, too. On MPS it gave wrong gradients (pytorch#175189).
     if device != "mps":
         model = model.to(memory_format=torch.channels_last)
     print(model.backbone)
@@ -585,8 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         loss = train(fast_model, dataflow["train"], criterion, optimizer, scheduler)
         trained = time.perf_counter()  # the GPU has finished: train's final .item() waits for it
-        # The test accuracy is only reported; the last epoch's weights are kept. Choosing the epoch
-        # with the best test accuracy would make the result look better than it is.
+        # The test accuracy is only reported: choosing the best epoch by it would flatter the result
         accuracy = evaluate(fast_model, dataflow["test"])
         done = time.perf_counter()
         times = {"train_seconds": trained - start, "seconds": done - start}
