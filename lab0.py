@@ -46,8 +46,8 @@ def set_seed(seed: int, epoch: int = 0) -> None:
     np.random.seed(epoch_seed)
     torch.manual_seed(epoch_seed)
     torch.cuda.manual_seed_all(epoch_seed)
-    # Allow cuDNN, which computes the convolutions on a GPU, to use only algorithms that give the
-    # same result every time (on the same machine with the same versions)
+    # Restrict cuDNN, which computes the convolutions on a GPU, to algorithms that give the same
+    # result every time (on the same machine with the same versions)
     torch.backends.cudnn.deterministic = True
 
 
@@ -142,7 +142,7 @@ def draw_image(figure: Figure, index: int, image: Tensor, title: str) -> None:
     """Draw an image, float [3, H, W] from 0 to 1, in cell `index` of a grid of 4 x 10."""
     axis = figure.add_subplot(4, 10, index + 1, title=title, xticks=[], yticks=[], frame_on=False)
     # Convert from CHW to HWC for visualization
-    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # no blur
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # sharp pixels
 
 
 def plot_samples(data: DeviceDataset) -> Figure:
@@ -234,8 +234,8 @@ def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int]
     changes, and then falls to 0 to let them settle (David Page, "How to Train Your ResNet", 2018).
     """
     corners = [0, num_epochs * 0.3, num_epochs]
-    # .item() makes it a Python float: main saves the learning rate in a file, too, and torch.load
-    # in its safe mode (weights_only=True) rejects NumPy's numbers
+    # .item() makes it a Python float: main saves the learning rate with the optimizer, and
+    # torch.load in its safe mode (weights_only=True) rejects NumPy's numbers
     return lambda step: np.interp(step / steps_per_epoch, corners, [0, 1, 0]).item()
 
 
@@ -280,9 +280,9 @@ def train(
         scheduler.step()
         for callback in callbacks:  # none here; the pruning lab sets removed weights back to 0
             callback()
-        # Update metrics. The loss is a mean, so multiply it by the batch size. Without detach(),
-        # the sum would keep in memory all that backward() needed for every batch. .item() makes the
-        # CPU wait until the GPU has caught up, so it is called only once, at the end.
+        # Update metrics. The loss is a mean, so multiply it by the batch size (the last batch is
+        # smaller). detach() takes the value alone, since the sum needs no gradients. .item() makes
+        # the CPU wait until the GPU has caught up, so it is called only once, at the end.
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
     return total_loss.item() / num_samples
@@ -572,8 +572,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scheduler = LambdaLR(optimizer, lr_lambda)
 
     # Training
-    # A checkpoint holds what training changes: the weights, the optimizer's momentum and the step
-    # count. The weights are under "state_dict", where the course's later labs look for them.
+    # A checkpoint holds what training changes: the weights (with BatchNorm's averages), momentum,
+    # learning rate, steps. The weights are under "state_dict", where later labs look for them.
     parts = {"state_dict": model, "optimizer": optimizer, "scheduler": scheduler}
     if checkpoint:
         for name, part in parts.items():
