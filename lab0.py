@@ -39,15 +39,15 @@ def set_seed(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
-    # Some of its algorithms add numbers in a varying order, which rounds differently: avoid those
+    # Some cuDNN algorithms add in a varying order, so that results differ slightly: avoid those
     torch.backends.cudnn.deterministic = True
 
 
 # ---- Data ------------------------------------------------------------------------------------
-# All images are kept on the GPU (if there is one) and transformed there, a batch at a time.
-# torchvision's random transforms can't do that: they would crop a whole batch at one place. A
-# DataLoader would read the images one by one. So here, augment and to_float replace torchvision's
-# transforms, DeviceDataset replaces CIFAR10, and DeviceLoader replaces DataLoader.
+# All images are kept on the device (the GPU, if there is one) and transformed there, in batches.
+# torchvision's random transforms would crop a whole batch at one place, and by default DataLoader
+# reads the images one by one. So here, augment and to_float replace torchvision's transforms,
+# DeviceDataset replaces CIFAR10, and DeviceLoader replaces DataLoader.
 def to_float(images: Tensor) -> Tensor:
     """Scale pixels from 0..255 to 0.0..1.0: uint8 [N, C, H, W] -> float32 [N, C, H, W]."""
     # channels_last keeps the shape, but in memory the channels of a pixel lie side by side, which
@@ -63,12 +63,12 @@ def augment(images: Tensor, padding: int = 4) -> Tensor:
     """
     num_images, _, height, width = images.shape
 
-    # windows holds every possible crop, [N, C, tops, lefts, H, W], without copying any pixels
+    # windows holds all crops of H x W, in steps of 1: [N, C, tops, lefts, H, W], without a copy
     padded = nn.functional.pad(images, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
 
     # Take one crop of each image. The three index tensors go together element by element:
-    # crops[k] is windows[k, :, top[k], left[k]].
+    # crops[k] is windows[k, :, top[k], left[k]], so crops is [N, C, H, W].
     every = torch.arange(num_images, device=images.device)
     top = torch.randint(2 * padding + 1, (num_images,), device=images.device)
     left = torch.randint(2 * padding + 1, (num_images,), device=images.device)
@@ -86,7 +86,7 @@ class DeviceDataset(Dataset):
     """The training or test set, kept on the device; `transform` is applied at each access.
 
     `data[i]` is one image and its target; `data[:40]` or `data[indices]` is a batch of them.
-    ValueError unless images are uint8 [N, C, H, W] with one target each, [N].
+    Raises ValueError unless images are uint8 [N, C, H, W] and targets are [N].
     """
 
     def __init__(self, images: Tensor, targets: Tensor, classes: list[str], transform: Callable):
@@ -111,7 +111,7 @@ def load_dataset(root: str | Path, device: str) -> dict[str, DeviceDataset]:
     """Load CIFAR-10's two splits from `root`, downloading them if needed; OSError if that fails."""
     dataset = {}
     for split in ["train", "test"]:
-        cifar10 = open_cifar10(root, train=(split == "train"))
+        cifar10 = open_cifar10(root, train=(split == "train"))  # in Plumbing, at the end
         # Convert from HWC to CHW: [N, 32, 32, 3] -> [N, 3, 32, 32]
         images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).to(device)
         targets = torch.tensor(cifar10.targets, device=device)
@@ -141,7 +141,7 @@ def plot_samples(data: DeviceDataset) -> Figure:
 
 
 class DeviceLoader:
-    """Yield a DeviceDataset's batches `(images, targets)`; with `shuffle` in ever new orders."""
+    """A DeviceDataset's batches `(images, targets)`; with `shuffle`, in a new order each time."""
 
     def __init__(self, dataset: DeviceDataset, batch_size: int, shuffle: bool):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
@@ -204,9 +204,7 @@ def count_params(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Tensor) -> int:
     """Count the multiply-accumulates of inference on `inputs`. Leaves the model in eval mode."""
-    # In training mode, BatchNorm would mix `inputs` into its running averages. no_grad: after
-    # inference_mode, what the model has cached couldn't be trained with.
-    model.eval()
+    model.eval()  # in training mode, BatchNorm would mix `inputs` into its running averages
     return profile_macs(model, inputs)
 
 
@@ -218,7 +216,7 @@ def make_lr_lambda(steps_per_epoch: int, num_epochs: int = 20) -> Callable[[int]
     changes, and then falls to 0 to let them settle (David Page, "How to Train Your ResNet", 2018).
     """
     corners = [0, num_epochs * 0.3, num_epochs]
-    # float: checkpoints hold the rate, and torch.load(weights_only=True) rejects NumPy's numbers
+    # float: main saves the rate, and torch.load(weights_only=True) rejects NumPy's numbers
     return lambda step: float(np.interp(step / steps_per_epoch, corners, [0, 1, 0]))
 
 
@@ -238,7 +236,7 @@ def plot_lr_schedule(lr_lambda: Callable[[int], float], num_steps: int, lr: floa
 # gradient, by a factor; scaler.step divides the gradients by it and updates the weights. If a
 # gradient is inf or NaN, scaler.step skips the update, and scaler.update lowers the factor.
 # In float32 and bfloat16 (which has float32's range) the scaler is off: scaler.step(optimizer) is
-# just optimizer.step(). A new scaler for each epoch needs no place in the checkpoint.
+# just optimizer.step(). Each epoch makes a new scaler, so that no checkpoint has to hold it.
 def train(
     model: nn.Module,
     dataflow: DataLoader | DeviceLoader,
@@ -250,7 +248,7 @@ def train(
     """Train for one epoch and return the mean loss; the scheduler steps after every batch."""
     model.train()
     device = next(model.parameters()).device
-    # At torch's own first factor, 65536, the first steps of each epoch might be skipped
+    # With GradScaler's default, 65536, the first steps of each epoch might be skipped
     scaler = GradScaler(device.type, init_scale=4096, enabled=(dtype == torch.float16))
 
     num_samples = 0
@@ -290,7 +288,7 @@ def train(
 def evaluate(model: nn.Module, dataflow: DataLoader | DeviceLoader, dtype=torch.float32) -> float:
     """Return the accuracy in percent."""
     model.eval()
-    device = next(model.parameters()).device
+    device = next(iter(model.state_dict().values())).device  # quantized, it has no parameters
 
     num_samples = 0
     num_correct = 0
@@ -359,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"On {device} in {args.precision}: {len(history)} of {args.epochs} epochs are done")
     if device == "cpu" and not args.smoke:
         print("An epoch takes minutes on a CPU; with --smoke, the whole lab takes one minute")
-    set_seed(1000 * args.seed)  # and epoch e, below, starts from 1000 * seed + e
+    set_seed(1000 * args.seed)  # for the setup; below, each epoch is seeded again
 
     # Data
     try:
@@ -383,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params = count_params(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     num_macs = count_macs(model, torch.zeros(1, 3, 32, 32, device=device))
-    print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)")
+    print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)", flush=True)  # into a log file, now
 
     # Optimization
     criterion = nn.CrossEntropyLoss()
@@ -404,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
     for epoch in range(len(history) + 1, args.epochs + 1):
-        # With a seed for each epoch, a resumed run draws the same as an uninterrupted one
+        # With a seed for each epoch, a resumed run draws the same numbers as a whole one
         set_seed(1000 * args.seed + epoch)
         start = time.perf_counter()
         loss = train(model, dataflow["train"], criterion, optimizer, scheduler, dtype)
@@ -415,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = time.perf_counter() - start
         speed = len(dataset["train"]) / train_seconds
         line = f"epoch {epoch}: loss {loss:.4f}, accuracy {metric:.2f}%, {seconds:.1f} s"
-        print(f"{line}, {speed:.0f} images/s", flush=True)  # flush: at once, even to a log file
+        print(f"{line}, {speed:.0f} images/s", flush=True)
         record = {"epoch": epoch, "train_loss": loss, "test_accuracy": metric}
         history.append({**record, "train_seconds": train_seconds, "seconds": seconds})
         # Keep the last epoch, not the best: choosing by test accuracy would flatter the result
@@ -449,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Pictures, metrics.json and checkpoint.pth are in {output_dir}")
 
 
-# ---- Plumbing: what main calls and the tutorial doesn't have ----------------------------------
+# ---- Plumbing: what the tutorial doesn't have -------------------------------------------------
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Four hosts of the same file; torchvision rejects one with a wrong MD5 sum. The official host is
@@ -484,7 +482,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.set_defaults(epochs=4, batch_size=10, lr=0.01, output_dir=f"{folder}-smoke")
     args = parser.parse_args(argv)
 
-    # main seeds epoch e with 1000 * seed + e: up to epoch 999 all differ. NumPy takes < 2**32.
+    # At most 999 epochs, so that no two seeds 1000 * seed + epoch coincide; NumPy's limit is 2**32
     limits = {"epochs": (1, 999), "batch_size": (1, 10**6), "lr": (1e-6, 1e6), "seed": (0, 999_999)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
@@ -506,18 +504,19 @@ def open_cifar10(root: str | Path, train: bool) -> CIFAR10:
     except RuntimeError:
         pass  # a file is missing or damaged
     archive = Path(root, CIFAR10.filename)
+    archive.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     for url in SOURCES:
         try:
             socket.setdefaulttimeout(20)  # seconds without data; torchvision would wait forever
-            # This uses an archive that was saved by hand, if there is one, and asks no host then
+            # If the archive has been saved by hand, this uses it, and asks no host
             download_and_extract_archive(url, root, filename=archive.name, md5=CIFAR10.tgz_md5)
             return CIFAR10(root, train)
         except Exception as error:  # on any error, try the next host
             print(f"{url} failed: {error}", file=sys.stderr)
         finally:
             socket.setdefaulttimeout(timeout)
-    raise OSError(f"no CIFAR-10: save {SOURCES[0]} as {archive}, or try --smoke, without data")
+    raise OSError(f"no CIFAR-10: download {SOURCES[0]} and save it as {archive}, or use --smoke")
 
 
 def generate_dataset(device: str) -> dict[str, DeviceDataset]:
