@@ -47,7 +47,7 @@ def set_seed(seed: int) -> None:
 # All images are kept on the device (the GPU, if there is one) and transformed there, in batches.
 # torchvision's random transforms would crop a whole batch at one place, and by default DataLoader
 # reads the images one by one. So here, augment and to_float replace torchvision's transforms,
-# DeviceDataset replaces CIFAR10, and DeviceLoader replaces DataLoader.
+# DeviceDataset holds the images that CIFAR10 reads, and DeviceLoader replaces DataLoader.
 def to_float(images: Tensor) -> Tensor:
     """Scale pixels from 0..255 to 0.0..1.0: uint8 [N, C, H, W] -> float32 [N, C, H, W]."""
     # channels_last keeps the shape, but in memory the channels of a pixel lie side by side, which

@@ -288,8 +288,7 @@ def test_a_loader_gives_every_image_once_an_epoch_shuffled_or_in_order():
         assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
         return [target for _, targets in batches for target in targets.tolist()]
 
-    split = make_split(50, num_classes=50)
-    shuffled, in_order = (lab0.DeviceLoader(split, 12, shuffle) for shuffle in [True, False])
+    shuffled, in_order = (lab0.DeviceLoader(make_split(50, 50), 12, s) for s in [True, False])
     assert len(shuffled) == len(in_order) == 5
     first, second = epoch(shuffled), epoch(shuffled)
     assert sorted(first) == sorted(second) == epoch(in_order) == list(range(50))
@@ -443,17 +442,18 @@ def test_curves_show_the_schedule_and_the_history_beside_the_goal():
     assert [list(line.get_ydata()) for line in accuracy_ax.lines] == [[40.0, 80.0], [92.5, 92.5]]
 
 
-def test_bad_settings_and_a_diverged_loss_end_in_one_line(run, monkeypatch, capsys):
+def test_bad_settings_and_a_diverged_loss_end_in_one_line(run, cifar10_root, monkeypatch, capsys):
     monkeypatch.setattr(lab0, "evaluate", None)  # mustn't be called after a loss that isn't finite
     for flag, text in {
         "--batch-size=0": "--batch-size: must be between",
         "--lr=nan": "--lr: must be between",
         "--seed=1000000": "--seed: must be between 0 and 999999",
         f"--output-dir={__file__}/x": "test_lab0.py",
+        f"--data-root={__file__}": "exists",  # and no host is asked
         "--lr=100000": "--precision fp32",
     }.items():
         with pytest.raises(SystemExit) as end:
-            run("--smoke", flag)
+            run(f"--data-root={cifar10_root}", "--batch-size=10", flag)
         # The argument parser prints its error. Python prints a code that is a text, as status 1.
         line = end.value.code if end.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
         assert re.match("(.*: )?error: ", line) and text in line and "\n" not in line
