@@ -1,5 +1,8 @@
-# make run | smoke | test: each sets up .venv first, once per requirements.txt.
+# make run | smoke | test: each first installs what requirements.txt names into .venv, if needed.
 # PYTHON=python3 make test, or make test PYTHON=python3, takes an environment that is there instead.
+
+# A notebook's MPLBACKEND names a module that .venv doesn't have: importing matplotlib would fail
+export MPLBACKEND := agg
 
 ifndef PYTHON
 PYTHON := .venv/bin/python
@@ -22,12 +25,11 @@ test: $(VENV)
 	$(PYTHON) -m pytest -q test_lab0.py $(ARGS)
 
 .venv/ready: requirements.txt
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "lab0 needs Python 3.10 or newer as python3"; exit 1; }
-	@python3 -c 'import ensurepip' 2>/dev/null \
-		|| { echo "This Python has no venv. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x .venv/bin/python || python3 -m venv --clear .venv
+	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "lab0 needs Python 3.10 or newer: install it as python3, remove .venv"; exit 1; }
+	@.venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip
 	@echo "Installing PyTorch and the rest into .venv: some minutes, 5.5 GB"
-	python3 -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
