@@ -1,4 +1,4 @@
-"""Lab 0 of MIT 6.5940: train a VGG-11 variant on CIFAR-10, as the PyTorch tutorial does.
+"""Lab 0 of MIT 6.5940: train a VGG-11 variant on CIFAR-10, as the course's PyTorch tutorial does.
 
 python lab0.py            # the lab: 20 epochs, to over 92.5% accuracy; results in outputs/lab0
 python lab0.py --smoke    # a one-minute trial on generated images; needs no download and no GPU
@@ -64,14 +64,14 @@ def augment(images: Tensor, padding: int = 4) -> Tensor:
     """
     num_images, _, height, width = images.shape
 
-    # windows[n, :, top, left] is the H x W crop of image n that starts at row top, column left.
+    # windows[k, :, t, l] is the H x W crop of image k that starts at row t and column l.
     # unfold(dimension, size, step) makes all these crops without copying a pixel.
     padded = nn.functional.pad(images, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
 
-    # Take one crop of each image, at a row and a column of its own. Here n, top and left are
-    # tensors of [N], so crops[k] is windows[n[k], :, top[k], left[k]].
-    n = torch.arange(num_images, device=images.device)
+    # Take one crop of each image, at a row and a column of its own:
+    # crops[k] is windows[k, :, top[k], left[k]]
+    n = torch.arange(num_images, device=images.device)  # 0, 1, 2, ...: every image
     top = torch.randint(2 * padding + 1, (num_images,), device=images.device)
     left = torch.randint(2 * padding + 1, (num_images,), device=images.device)
     crops = windows[n, :, top, left]  # [N, C, H, W]
@@ -146,7 +146,7 @@ class VGG(nn.Module):
 
     # A number is a 3x3 convolution with that many output channels, then BatchNorm and ReLU; "M" is
     # 2x2 max pooling, which halves height and width. The original VGG-11 (Simonyan & Zisserman,
-    # 2014), made for 224x224 images, pools once more and ends in three wide linear layers.
+    # 2014), for 224x224 images, has no BatchNorm, a fifth pooling, and three wide linear layers.
     ARCH = [64, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 
     def __init__(self) -> None:
@@ -172,8 +172,8 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(512, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The shape stays; in memory, the channels of a pixel now lie side by side, the order in
-        # which GPUs compute 16-bit convolutions
+        # channels_last: same shape and values, but in memory the channels of a pixel lie side by
+        # side, which makes 16-bit convolutions on GPUs faster
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.backbone(x)  # [N, 3, 32, 32] -> [N, 512, 2, 2]
         x = x.mean([2, 3])  # average pooling: [N, 512, 2, 2] -> [N, 512]
@@ -195,9 +195,9 @@ def count_macs(model: nn.Module, inputs: Tensor) -> int:
 def make_lr_lambda(steps_per_epoch: int, num_epochs: int) -> Callable[[int], float]:
     """Return a function from step to factor; LambdaLR multiplies the peak learning rate by it.
 
-    The factor rises from 0 to 1 over the first 30% of the run, since large steps from random
-    weights can diverge, and then falls to 0, so that the last changes are small (David Page, "How
-    to Train Your ResNet", 2018).
+    The factor rises from 0 to 1 over the first 30% of the run, since training can diverge if
+    random weights change too fast, and then falls to 0, so that the last changes are small (David
+    Page, "How to Train Your ResNet", 2018).
     """
     corners = [0, num_epochs * 0.3, num_epochs]
     return lambda step: float(np.interp(step / steps_per_epoch, corners, [0, 1, 0]))
@@ -213,9 +213,9 @@ def plot_lr_schedule(lr_lambda: Callable[[int], float], num_steps: int, lr: floa
 
 
 # ---- Training --------------------------------------------------------------------------------
-# GPUs since NVIDIA's Ampere (2020) compute convolutions faster in bfloat16, a 16-bit type. With
-# dtype torch.bfloat16, autocast computes convolutions and linear layers in it, while the weights
-# stay float32. With torch.float32, autocast is switched off.
+# NVIDIA's GPUs since Ampere (2020) compute convolutions faster in bfloat16, a 16-bit type, than in
+# float32. With dtype torch.bfloat16, autocast computes convolutions and linear layers in it, while
+# the weights stay float32. With torch.float32, autocast is switched off.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -246,7 +246,7 @@ def train(
         # Forward inference
         with torch.autocast(device.type, dtype, enabled=(dtype != torch.float32)):
             outputs = model(inputs)
-        loss = criterion(outputs.float(), targets)  # float: the loss in 32 bits
+        loss = criterion(outputs.float(), targets)  # autocast's outputs may be bfloat16
 
         # Backward propagation
         loss.backward()
@@ -255,8 +255,8 @@ def train(
         optimizer.step()
         scheduler.step()
 
-        # Update metrics (the loss is the batch's mean; without detach, the sum would keep the
-        # graphs of all batches in memory)
+        # Update metrics (the loss is a mean over the batch; without detach, the sum would keep the
+        # graphs of all batches, which backward needs, in memory)
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
 
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params = count_params(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     num_macs = count_macs(model, torch.zeros(1, 3, 32, 32, device=device))
-    # flush: print this before the first epoch, also into a log file
+    # flush: without it, a log file would get this line only when the run ends
     print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)", flush=True)
 
     # Optimization
