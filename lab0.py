@@ -246,7 +246,7 @@ def train(
         # Forward inference
         with torch.autocast(device.type, dtype, enabled=(dtype != torch.float32)):
             outputs = model(inputs)
-        loss = criterion(outputs.float(), targets)  # autocast's outputs may be bfloat16
+        loss = criterion(outputs.float(), targets)  # in 32 bits: autocast's outputs may be in 16
 
         # Backward propagation
         loss.backward()
