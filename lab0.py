@@ -59,15 +59,15 @@ def to_float(images: Tensor) -> Tensor:
 def augment(images: Tensor, padding: int = 4) -> Tensor:
     """Crop each image at a random place, mirror it with probability 1/2, and scale it.
 
-    torchvision's RandomCrop, RandomHorizontalFlip and ToTensor, for a batch:
-    uint8 [N, C, H, W] -> float32 [N, C, H, W]; each side first gets `padding` zeros.
+    Before, each side is padded by `padding` zeros. torchvision's RandomCrop, RandomHorizontalFlip
+    and ToTensor, for a batch: uint8 [N, C, H, W] -> float32 [N, C, H, W].
     """
     num_images, _, height, width = images.shape
 
     # windows[k, :, t, l] is the H x W crop of image k that starts at row t and column l.
     # unfold(dimension, size, step) makes all these crops without copying a pixel.
     padded = nn.functional.pad(images, [padding] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, rows, columns, H, W]
 
     # Take one crop of each image, at a row and a column of its own:
     # crops[k] is windows[k, :, top[k], left[k]]
@@ -146,7 +146,7 @@ class VGG(nn.Module):
 
     # A number is a 3x3 convolution with that many output channels, then BatchNorm and ReLU; "M" is
     # 2x2 max pooling, which halves height and width. The original VGG-11 (Simonyan & Zisserman,
-    # 2014), for 224x224 images, has no BatchNorm, a fifth pooling, and three wide linear layers.
+    # 2014), for 224x224 images, has a fifth pooling and three wide linear layers, and no BatchNorm.
     ARCH = [64, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 
     def __init__(self) -> None:
@@ -246,7 +246,7 @@ def train(
         # Forward inference
         with torch.autocast(device.type, dtype, enabled=(dtype != torch.float32)):
             outputs = model(inputs)
-        loss = criterion(outputs.float(), targets)  # in 32 bits: autocast's outputs may be in 16
+        loss = criterion(outputs.float(), targets)  # in 32 bits, though outputs may be 16-bit
 
         # Backward propagation
         loss.backward()
@@ -255,8 +255,8 @@ def train(
         optimizer.step()
         scheduler.step()
 
-        # Update metrics (the loss is a mean over the batch; without detach, the sum would keep the
-        # graphs of all batches, which backward needs, in memory)
+        # Update metrics (the loss is a mean over the batch; without detach, the graphs of all
+        # batches would stay in memory)
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
 
