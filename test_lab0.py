@@ -219,7 +219,7 @@ def test_a_bad_number_or_a_diverged_loss_ends_with_an_error(flag, run, monkeypat
     with pytest.raises(SystemExit) as end:
         run(flag)
     printed = f"{capsys.readouterr().err}{end.value.code}"  # Python prints a code that is a text
-    assert re.search(r"error: (the loss is nan; try .*|.* must be at least 1\n2)$", printed)
+    assert re.search(r"error: (the loss is (nan|inf); try .*|.* must be at least 1\n2)$", printed)
 
 
 # ---- Data ------------------------------------------------------------------------------------
