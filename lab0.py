@@ -85,7 +85,10 @@ transforms = {"train": augment, "test": to_float}
 
 
 def load_dataset(root: str, device: str) -> tuple[dict[str, TensorDataset], list[str]]:
-    """Load CIFAR-10 from `root`, downloading it if needed: both splits, and the class names."""
+    """Load CIFAR-10 from `root`, downloading it if needed: both splits, and the class names.
+
+    A split is images, uint8 [N, 3, 32, 32], and targets, int64 [N], on the device.
+    """
     dataset = {}
     for split in ["train", "test"]:
         cifar10 = open_cifar10(root, train=(split == "train"))  # in Plumbing, at the end
@@ -329,15 +332,13 @@ def plot_predictions(model: nn.Module, dataflow: DeviceLoader, classes: Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the whole tutorial, from its first cell to its last."""
     args = parse_args(argv)
+    set_seed(args.seed)
     device, dtype = args.device, DTYPES[args.precision]
     output_dir = Path(args.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     print(f"On {device} in {args.precision}")
     if device == "cpu" and not args.smoke:
         print("An epoch takes minutes on a CPU; a trial with --smoke takes one minute")
-
-    # Setup
-    set_seed(args.seed)
 
     # Data
     if args.smoke:
