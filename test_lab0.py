@@ -154,7 +154,7 @@ def test_main_trains_by_cross_entropy_on_shuffled_crops_and_tests_on_plain_image
     numbers = (255 * trained.amax((1, 2, 3))).round().long() - 100
     first, second = numbers[:100].tolist(), numbers[100:].tolist()
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    assert 50 < (trained[:, 0, 0, 16] == 0).sum() < 130  # there, 4 of 9 crops show the padding
+    assert 50 < (trained[:, 0, 0, 16] == 0).sum() < 130  # 4 of 9 crops show the padding there: 89
     outputs = torch.cat([outputs for training, _, outputs in calls if training])
     loss = nn.functional.cross_entropy(outputs[100:], numbers[100:] % 10).item()
     assert records[1]["train_loss"] == pytest.approx(loss)
@@ -194,7 +194,7 @@ def test_an_interrupted_run_keeps_the_results_of_the_run_before_it(run, tmp_path
     assert saved == {path: path.stat().st_mtime_ns for path in saved}
 
 
-def test_main_leaves_a_log_and_six_files(small_vgg, cifar10_root, tmp_path, monkeypatch, capsys):
+def test_main_prints_log_and_saves_6_files(small_vgg, cifar10_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
     monkeypatch.setattr("sys.stdout", (tmp_path / "log").open("w"))
@@ -247,7 +247,7 @@ def test_images_that_are_float_already_are_refused():
 
 
 @on_each_device
-def test_images_equal_torchvisions_and_a_dataloader_works_too(device, cifar10_root):
+def test_images_equal_torchvisions_and_train_takes_torchs_dataloader_too(device, cifar10_root):
     augment = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
     train = CIFAR10(root=cifar10_root, train=True, download=True, transform=augment)
     test = CIFAR10(root=cifar10_root, train=False, download=True, transform=T.ToTensor())
@@ -290,7 +290,7 @@ def test_train_and_evaluate_compute_what_the_tutorials_loops_do(small_vgg):
     assert lab0.evaluate(model, batches) == pytest.approx(100 * torch.cat(right).double().mean())
 
 
-def test_images_and_weights_allow_view_although_vgg_runs_in_channels_last():
+def test_batches_and_weights_work_with_tensor_view_although_vgg_runs_in_channels_last():
     data, order = make_dataset(50), torch.randperm(50)
     training_set, validation_set = (TensorDataset(*data[i]) for i in [order[10:], order[:10]])
     dataflow = lab0.DeviceLoader(training_set, lab0.augment, 20, shuffle=True)
@@ -332,7 +332,7 @@ def test_train_and_evaluate_wait_for_the_gpu_only_at_an_epochs_end(monkeypatch):
 
 
 # ---- Pictures, the download, the README and CUDA -----------------------------------------------
-def test_samples_show_four_images_of_each_class_and_curves_what_they_say():
+def test_samples_show_four_images_of_each_class_and_curves_show_lr_loss_and_accuracy():
     data = make_dataset(100)
     for index, ax in zip(range(40), lab0.plot_samples(data, CLASSES).axes, strict=True):
         label, row = divmod(index, 4)
@@ -389,7 +389,7 @@ def test_readmes_code_runs(block, small_vgg, tmp_path, monkeypatch):
     for i in range(20):
         Path("images", f"class {i % 2}").mkdir(parents=True, exist_ok=True)
         T.ToPILImage()(torch.rand(3, 40, 50)).save(f"images/class {i % 2}/{i}.png")
-    exec(block.replace("from lab0", f"from {lab0.__name__}"), {})  # noqa: S102
+    exec(block.replace("from lab0", f"from {lab0.__name__}"), {})  # noqa: S102, in a copy lab0 has another name
 
 
 @on_cuda
