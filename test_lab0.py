@@ -185,13 +185,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(device, run):
 
 
 def test_an_interrupted_run_keeps_the_results_of_the_run_before_it(run, tmp_path, monkeypatch):
-    run()
+    *_, checkpoint = run()
     names = ["checkpoint.pth", "metrics.json", "history.png", "predictions.png"]
     saved = {tmp_path / name: (tmp_path / name).stat().st_mtime_ns for name in names}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lab0, "train", MagicMock(side_effect=[1.0, KeyboardInterrupt]))
         run("--seed=1")
     assert saved == {path: path.stat().st_mtime_ns for path in saved}
+    assert run()[2] == checkpoint  # the same bits, as if nothing had happened
 
 
 def test_main_prints_log_and_saves_6_files(small_vgg, cifar10_root, tmp_path, monkeypatch, capsys):
@@ -340,8 +341,7 @@ def test_samples_show_four_images_of_each_class_and_curves_show_lr_loss_and_accu
         assert np.array_equal(ax.images[0].get_array(), data[10 * row + label][0].permute(1, 2, 0))
     rates = lab0.plot_lr_schedule(lambda step: 1.0, num_steps=1, lr=0.4)
     history = lab0.plot_history([{"epoch": 1, "train_loss": 2.0, "test_accuracy": 3.0}])
-    curves = [list(ax.lines[0].get_ydata()) for ax in rates.axes + history.axes]
-    assert curves == [[0.4], [2.0], [3.0]]
+    assert [list(ax.lines[0].get_ydata()) for ax in rates.axes + history.axes] == [[0.4], [2], [3]]
 
 
 def test_predictions_get_transformed_images_and_show_the_original_ones_with_mistakes_in_red():
