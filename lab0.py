@@ -57,10 +57,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, padding: int = 4) -> Tensor:
-    """Crop each image at a random place, mirror it with probability 1/2, and scale it.
+    """Pad each side by `padding` zeros, crop at a random place, mirror with probability 1/2, scale.
 
-    Before, each side is padded by `padding` zeros. torchvision's RandomCrop, RandomHorizontalFlip
-    and ToTensor, for a batch: uint8 [N, C, H, W] -> float32 [N, C, H, W].
+    torchvision's RandomCrop((H, W), padding), RandomHorizontalFlip and ToTensor, but each image
+    with random numbers of its own: uint8 [N, C, H, W] -> float32 [N, C, H, W].
     """
     num_images, _, height, width = images.shape
 
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_params = count_params(model)
     print(f"#Params: {num_params} ({num_params / 1e6:.1f}M)")
     num_macs = count_macs(model, torch.zeros(1, 3, 32, 32, device=device))
-    # flush: without it, a log file would get this line only when the run ends
+    # flush: without it, a log file would get this line only after the first epoch
     print(f"#MACs: {num_macs} ({num_macs / 1e6:.0f}M)", flush=True)
 
     # Optimization
