@@ -7,6 +7,8 @@ export MPLBACKEND := agg
 ifndef PYTHON
 PYTHON := .venv/bin/python
 VENV := .venv/ready
+# What a cluster's `module load` or ROS puts on PYTHONPATH would count as installed in .venv
+unexport PYTHONPATH
 endif
 
 help:
@@ -30,7 +32,7 @@ test: $(VENV)
 		|| { echo "lab0 needs Python 3.10 or newer: install it as python3, remove .venv"; exit 1; }
 	@.venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip
 	@echo "Installing PyTorch and the rest into .venv: some minutes, 5.5 GB"
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+	PIP_USER=0 .venv/bin/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
 clean:
