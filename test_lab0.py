@@ -1,19 +1,21 @@
-"""What lab0 promises, a test for each promise. `make test` runs them, without a network.
+"""What lab0 promises: one test for each promise. `make test` runs them, without a network.
 
-A test that names a fixture as an argument gets what it prepares. pytest's own: tmp_path is an empty
-folder, capsys has what was printed, monkeypatch replaces something until the test ends.
+A fixture is a function that prepares something; a test that has its name as an argument gets what
+it returns. Three fixtures are pytest's own: tmp_path is an empty folder, capsys has what was
+printed, and monkeypatch replaces something until the test ends.
 """
 
 import json
 import pickle
 import re
+import shlex
 import shutil
 import socket
+from contextlib import nullcontext, redirect_stdout
 from copy import deepcopy
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
-from threading import Thread
-from unittest.mock import MagicMock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +23,9 @@ import torch
 import torchvision.transforms as T
 from matplotlib.figure import Figure
 from torch import nn
-from torch.optim import SGD, lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
@@ -31,41 +33,75 @@ import lab0
 
 
 # ---- The tutorial's numbers ------------------------------------------------------------------
-def test_features_and_logits_have_the_tutorials_shapes():
+def test_shapes_are_the_tutorials():
     model = lab0.VGG()
-    images = torch.rand(2, 3, 32, 32)
-    assert model.backbone(images).shape == (2, 512, 2, 2)
-    assert model(images).shape == (2, 10)
+    images = torch.rand(5, 3, 32, 32)
+    assert model.backbone(images).shape == (5, 512, 2, 2)
+    assert model(images).shape == (5, 10)
 
 
-def test_model_has_9_2_million_parameters():
+def test_model_has_9_2_million_trainable_parameters():
     assert lab0.count_params(lab0.VGG()) == 9_228_362
-    assert lab0.count_params(lab0.VGG().requires_grad_(False)) == 0  # only what is trained
+    assert lab0.count_params(lab0.VGG().requires_grad_(False)) == 0
 
 
 def test_an_image_takes_606_million_multiply_accumulates():
     assert lab0.count_macs(lab0.VGG(), torch.zeros(1, 3, 32, 32)) == 606_164_480
 
 
-def test_learning_rate_rises_to_0_4_at_step_588_of_1960_and_falls_to_0():
+def test_learning_rate_peaks_at_0_4_at_step_588_of_1960():
     lr_lambda = lab0.make_lr_lambda(steps_per_epoch=98, num_epochs=20)
+
     rates = [0.4 * lr_lambda(step) for step in range(1961)]
-    assert rates[0] == rates[1960] == 0
+
+    assert rates[0] == 0
+    assert rates[294] == pytest.approx(0.2)  # half-way up
     assert rates[588] == max(rates) == 0.4
-    assert rates[294] == pytest.approx(0.2)  # halfway up
-    assert rates[1274] == pytest.approx(0.2)  # halfway down
+    assert rates[1274] == pytest.approx(0.2)  # half-way down
+    assert rates[1960] == 0
 
 
-# ---- Fixtures: a small CIFAR-10, and runs of the lab with a small network ------------------------
-README = "".join(page.read_text("utf-8") for page in Path(__file__).parent.glob("README.md"))
+# ---- The network -----------------------------------------------------------------------------
+def test_layers_are_the_tutorials():
+    layers = list(lab0.VGG().backbone)
+    conv_block = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert [type(layer) for layer in layers] == 4 * [*conv_block, *conv_block, nn.MaxPool2d]
+    assert all(pool.kernel_size == 2 for pool in layers if isinstance(pool, nn.MaxPool2d))
+
+
+def test_weights_have_the_names_that_later_labs_load():
+    names = lab0.VGG().state_dict().keys()
+    assert {"backbone.conv0.weight", "backbone.bn7.running_mean", "classifier.bias"} <= names
+
+
+def test_logits_are_computed_from_the_mean_of_each_feature():
+    model = lab0.VGG().eval()
+    images = torch.rand(5, 3, 32, 32)
+
+    means = model.backbone(images).flatten(2).mean(2)
+
+    assert torch.allclose(model(images), model.classifier(means), atol=1e-6)
+
+
+def test_network_can_have_another_number_of_classes():
+    assert lab0.VGG(num_classes=3)(torch.rand(5, 3, 32, 32)).shape == (5, 3)
+
+
+def test_counting_macs_leaves_batchnorms_stored_mean_as_it_is():
+    model = lab0.VGG()
+
+    lab0.count_macs(model, torch.ones(1, 3, 32, 32))
+
+    assert not model.backbone.bn0.running_mean.any()  # all 0, as at first
+
+
+# ---- The data --------------------------------------------------------------------------------
 CLASSES = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
 
 
 @pytest.fixture
 def cifar10_root(tmp_path, monkeypatch):
-    """A folder with a CIFAR-10 of 200 + 40 random images; only test_batch's MD5 sum is checked."""
+    """A folder with a CIFAR-10 of 200 + 40 random images, and no host to download more from."""
     folder = tmp_path / "cifar10" / CIFAR10.base_folder
     folder.mkdir(parents=True)
     batches = [f"data_batch_{i}" for i in range(1, 6)]
@@ -73,211 +109,178 @@ def cifar10_root(tmp_path, monkeypatch):
         content = {"labels": 4 * list(range(10)), "label_names": CLASSES}
         content["data"] = np.random.randint(256, size=(40, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps(content))
+
+    # Their MD5 sums are not CIFAR-10's: None makes torchvision take them as they are
     monkeypatch.setattr(CIFAR10, "train_list", [(name, None) for name in batches])
-    md5 = calculate_md5(folder / "test_batch")
-    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", md5)])
+    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", None)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+
+    # lab0 changes the address and the time-out; put them back
     monkeypatch.setattr(lab0, "SOURCES", ["nowhere"])
+    monkeypatch.setattr(CIFAR10, "url", CIFAR10.url)
     timeout = socket.getdefaulttimeout()
     yield folder.parent
     socket.setdefaulttimeout(timeout)
 
 
-@pytest.fixture
-def small_vgg(monkeypatch):
-    """Fewer channels. The last number stays 512, since the classifier has as many inputs."""
-    monkeypatch.setattr(lab0.VGG, "ARCH", [8, "M", 8, "M", 8, "M", 512, "M"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_data_equal_torchvisions(split, cifar10_root):
+    theirs = CIFAR10(cifar10_root, train=(split == "train"))
+
+    dataset, classes = lab0.load_dataset(cifar10_root, "cpu")
+
+    images, targets = dataset[split][:]
+    assert np.array_equal(images.permute(0, 2, 3, 1), theirs.data)
+    assert targets.tolist() == theirs.targets
+    assert classes == theirs.classes
 
 
-@pytest.fixture
-def run(small_vgg, tmp_path, monkeypatch):
-    """Run main into tmp_path, pictures empty; return records, calls of the network, checkpoint."""
-    for plot in ["plot_samples", "plot_lr_schedule", "plot_history", "plot_predictions"]:
-        monkeypatch.setattr(lab0, plot, lambda *args: Figure(figsize=(1, 1)))
+def test_test_images_are_transformed_as_by_totensor(cifar10_root):
+    theirs = [image for image, _ in CIFAR10(cifar10_root, train=False, transform=T.ToTensor())]
+    dataset, _ = lab0.load_dataset(cifar10_root, "cpu")
+    images, _ = dataset["test"][:]
+    assert torch.equal(lab0.transforms["test"](images), torch.stack(theirs))
 
-    def run_main(*flags):
-        def note_call(module, inputs, outputs):
-            if isinstance(module, lab0.VGG):
-                calls.append((module.training, inputs[0], outputs.detach()))
 
-        calls = []
-        with nn.modules.module.register_module_forward_hook(note_call):
-            lab0.main(["--smoke", f"--output-dir={tmp_path}", *flags])
-        records = json.loads((tmp_path / "metrics.json").read_text())["epochs"]
-        return records, calls, (tmp_path / "checkpoint.pth").read_bytes()
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_transformed_images_can_be_flattened_by_view(split, cifar10_root):
+    dataset, _ = lab0.load_dataset(cifar10_root, "cpu")
+    images, _ = dataset[split][:]
+    lab0.transforms[split](images).view(len(images), -1)  # an error if pixels lie in another order
 
-    return run_main
+
+def test_augment_draws_each_crop_with_each_flip_equally_often():
+    image = torch.arange(1, 13, dtype=torch.uint8).view(1, 3, 4)
+    padded = T.functional.pad(image, 1)
+    possible = []  # the 18 images that torchvision's crops and flips give
+    for top, left in product(range(3), range(3)):
+        crop = T.functional.crop(padded, top, left, 3, 4) / 255
+        possible += [crop, T.functional.hflip(crop)]
+    torch.manual_seed(0)
+
+    drawn = lab0.augment(image.repeat(1800, 1, 1, 1), padding=1)
+
+    counts = [(drawn == image).all(3).all(2).all(1).sum() for image in possible]
+    assert sum(counts) == 1800  # nothing else is drawn
+    assert all(60 < count < 140 for count in counts)
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_augment_moves_images_by_up_to_4_pixels(dimension):
+    # Along a column or a row, a white image of 8 pixels with 4 black ones on each side has nine
+    # places to crop: the first shows the four black pixels before it, and its first four.
+    padded = 4 * [0] + 8 * [1] + 4 * [0]
+    possible = {tuple(padded[place : place + 8]) for place in range(9)}
+
+    white = torch.full((1000, 1, 8, 8), 255, dtype=torch.uint8)
+    drawn = lab0.augment(white).squeeze(1).amax(dimension)
+
+    assert {tuple(pixels) for pixels in drawn.tolist()} == possible
+
+
+def test_augment_mirrors_half_of_the_images():
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).repeat(10_000, 1, 1, 1)
+    torch.manual_seed(0)
+
+    drawn = lab0.augment(black_and_white, padding=0)
+
+    mirrored = drawn[:, 0, 0, 0].sum()  # these have white on the left
+    assert 4850 < mirrored < 5150
+
+
+@pytest.mark.parametrize("transform", [lab0.to_float, lab0.augment])
+def test_images_that_are_float_already_are_refused(transform):
+    with pytest.raises(TypeError, match="float32"):
+        transform(torch.rand(5, 3, 8, 8))
 
 
 def make_dataset(num_images, device="cpu"):
-    """Random images, of which the i-th has the target i % 10."""
-    images = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, device=device)
-    return TensorDataset(images, torch.arange(num_images, device=device) % 10)
+    """Images of 8 x 8, of which number i has the brightness i everywhere and the target i."""
+    numbers = torch.arange(num_images, device=device)
+    return TensorDataset(numbers.byte().view(-1, 1, 1, 1).repeat(1, 3, 8, 8), numbers)
 
 
-def make_training(model, dataflow, dtype=torch.float32):
-    """The arguments of lab0.train, with the tutorial's recipe."""
+def read_targets(dataflow):
+    """The targets of all batches, in the order in which they come."""
+    return torch.cat([targets for _, targets in dataflow]).tolist()
+
+
+def test_each_shuffled_epoch_has_every_image_once_in_a_new_order():
+    loader = lab0.DeviceLoader(make_dataset(100), lab0.to_float, batch_size=40, shuffle=True)
+
+    first, second = read_targets(loader), read_targets(loader)
+
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+
+
+def test_the_last_batch_has_the_images_that_are_left():
+    loader = lab0.DeviceLoader(make_dataset(10), lab0.to_float, batch_size=4, shuffle=True)
+    assert [len(images) for images, _ in loader] == [4, 4, 2]
+
+
+# ---- The download ----------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [OSError("not found"), RuntimeError("corrupted")])
+def test_hosts_are_tried_until_one_works(error, cifar10_root, monkeypatch, capsys):
+    def download(cifar10):
+        if cifar10.url != "good":
+            raise error
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    monkeypatch.setattr(lab0, "SOURCES", ["first", "second", "good", "not needed"])
+    lab0.open_cifar10(cifar10_root, train=True)
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"first failed: {error}", f"second failed: {error}"]
+
+
+def test_without_a_host_an_error_tells_what_to_save_where(cifar10_root, tmp_path):
+    file = tmp_path / "empty" / "cifar-10-python.tar.gz"
+    with pytest.raises(RuntimeError, match=f"nowhere .* {re.escape(str(file))}"):
+        lab0.load_dataset(tmp_path / "empty", "cpu")
+
+
+def test_an_archive_that_was_saved_by_hand_needs_no_host(cifar10_root, tmp_path, monkeypatch):
+    folder = tmp_path / "by hand"
+    archive = shutil.make_archive(folder / "cifar-10-python", "gztar", cifar10_root)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+
+    dataset, _ = lab0.load_dataset(folder, "cpu")
+
+    assert len(dataset["train"]) == 200
+
+
+# ---- Training --------------------------------------------------------------------------------
+def make_network():
+    """A small network for images of 3 x 8 x 8."""
+    conv_block = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*conv_block, nn.Flatten(), nn.Linear(4 * 6 * 6, 10))
+
+
+def make_batches(*sizes):
+    """Random batches of these sizes."""
+    return [(torch.rand(size, 3, 8, 8), torch.randint(10, (size,))) for size in sizes]
+
+
+def make_recipe(model):
+    """Criterion, optimizer and scheduler for a model. The rate is a new one at each step."""
     optimizer = SGD(model.parameters(), lr=0.4, momentum=0.9, weight_decay=5e-4)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lab0.make_lr_lambda(98, 20))
-    return model, dataflow, nn.CrossEntropyLoss(), optimizer, scheduler, dtype
+    return nn.CrossEntropyLoss(), optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
-# ---- The run ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("gpu, precision", [(None, "fp32"), ("T4", "fp32"), ("H100", "bf16")])
-def test_defaults_are_the_tutorials_and_bf16_where_a_gpu_has_it(gpu, precision, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    # A T4 says yes, except for bf16 without emulation: then, kw is {"including_emulation": False}
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kw: gpu == "H100" or not kw)
-    args, folder = lab0.parse_args([]), f"outputs/{Path(lab0.__file__).stem}"
-    assert (args.epochs, args.batch_size, args.lr, args.seed) == (20, 512, 0.4, 0)
-    assert (args.precision, args.output_dir) == (precision, folder)
-    assert lab0.parse_args(["--smoke"]).output_dir == f"{folder}-smoke"
+def are_equal(weights, others):
+    """Whether two state_dicts have the same bits."""
+    return all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_main_has_the_tutorials_optimizer_and_learning_rates(run):
-    groups = []  # the optimizer's settings at each step
-    with register_optimizer_step_post_hook(lambda opt, *_: groups.append({**opt.param_groups[0]})):
-        run("--lr=0.4", "--epochs=20", "--batch-size=150")  # two steps an epoch
-    rates = [0.4 * min(step / 12, (40 - step) / 28) for step in range(40)]  # 12 up, 28 down
-    assert [group["lr"] for group in groups] == pytest.approx(rates)
-    recipe = {"initial_lr": 0.4, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False}
-    assert recipe.items() <= groups[-1].items()
+def test_train_does_what_the_tutorials_loop_does():
+    ours = make_network().eval()
+    theirs = deepcopy(ours).train()
+    batches = make_batches(20, 20, 7)
 
+    mean_loss = lab0.train(ours, batches, *make_recipe(ours))
 
-def test_main_trains_by_cross_entropy_on_shuffled_crops_and_tests_on_plain_images(run, monkeypatch):
-    # Image number i has brightness 100 + i everywhere, so that it is known after any crop and flip
-    images = torch.arange(100, 200, dtype=torch.uint8).view(100, 1, 1, 1).repeat(1, 3, 32, 32)
-    dataset = dict.fromkeys(["train", "test"], TensorDataset(images, torch.arange(100) % 10))
-    monkeypatch.setattr(lab0, "generate_dataset", lambda device: (dataset, CLASSES))
-    records, calls, _ = run("--device=cpu", "--precision=fp32", "--epochs=2", "--batch-size=30")
-    trained = torch.cat([inputs for training, inputs, _ in calls if training])
-    numbers = (255 * trained.amax((1, 2, 3))).round().long() - 100
-    first, second = numbers[:100].tolist(), numbers[100:].tolist()
-    assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    assert 50 < (trained[:, 0, 0, 16] == 0).sum() < 130  # 4 of 9 crops show the padding there: 89
-    outputs = torch.cat([outputs for training, _, outputs in calls if training])
-    loss = nn.functional.cross_entropy(outputs[100:], numbers[100:] % 10).item()
-    assert records[1]["train_loss"] == pytest.approx(loss)
-    tested = [inputs for training, inputs, _ in calls[1:] if not training]  # [0] is for the MACs
-    assert torch.equal(torch.cat(tested), (images / 255).repeat(2, 1, 1, 1))
-
-
-@on_each_device
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_main_learns_in_each_precision_and_saves_the_weights(precision, device, run, tmp_path):
-    records, calls, _ = run(f"--precision={precision}", f"--device={device}")
-    assert {outputs.dtype for _, _, outputs in calls[1:]} == {lab0.DTYPES[precision]}
-    assert records[-1]["train_loss"] < records[0]["train_loss"]
-    model = lab0.VGG().to(device)
-    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    model.load_state_dict(checkpoint["state_dict"])
-    assert all(weight.is_contiguous() for weight in checkpoint["state_dict"].values())
-    test = lab0.generate_dataset(device)[0]["test"]
-    dataflow = lab0.DeviceLoader(test, lab0.to_float, 10, shuffle=False)
-    accuracy = lab0.evaluate(model, dataflow, lab0.DTYPES[precision])
-    assert accuracy == records[-1]["test_accuracy"] > 60  # a guess is right for 10%
-
-
-@on_each_device
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(device, run):
-    once, again, other = (run(f"--device={device}", f"--seed={s}")[2] for s in [5, 5, 6])
-    assert once == again != other and torch.backends.cudnn.deterministic
-
-
-def test_an_interrupted_run_keeps_the_results_of_the_run_before_it(run, tmp_path, monkeypatch):
-    *_, checkpoint = run()
-    names = ["checkpoint.pth", "metrics.json", "history.png", "predictions.png"]
-    saved = {tmp_path / name: (tmp_path / name).stat().st_mtime_ns for name in names}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lab0, "train", MagicMock(side_effect=[1.0, KeyboardInterrupt]))
-        run("--seed=1")
-    assert saved == {path: path.stat().st_mtime_ns for path in saved}
-    assert run()[2] == checkpoint  # the same bits, as if nothing had happened
-
-
-def test_main_prints_log_and_saves_6_files(small_vgg, cifar10_root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
-    monkeypatch.setattr("sys.stdout", (tmp_path / "log").open("w"))
-    lab0.main([f"--data-root={cifar10_root}", "--output-dir=~/run", "--epochs=1"])
-    log = (tmp_path / "log").read_text()  # what is in it at once, before it is closed
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert list(metrics) == ["config", "torch", "device", "params", "macs", "epochs"]
-    for line in [
-        "[inputs] dtype: torch.float32, shape: torch.Size([200, 3, 32, 32])\n",
-        "#Params: {params} (0.0M)\n#MACs: {macs} (1M)\n",
-        "epoch 1: loss {train_loss:.4f}, accuracy {test_accuracy:.2f}%, trained in {seconds:.1f} s",
-    ]:
-        assert line.format(**metrics, **metrics["epochs"][0]) in log
-    assert capsys.readouterr().err == ""  # no progress bars where there is no terminal
-    names = "samples.png lr_schedule.png history.png predictions.png metrics.json checkpoint.pth"
-    assert {path.name for path in (tmp_path / "run").iterdir()} == set(names.split())
-
-
-@pytest.mark.parametrize("flag", ["--epochs=0", "--batch-size=0", "--lr=1e5"])
-def test_a_bad_number_or_a_diverged_loss_ends_with_an_error(flag, run, monkeypatch, capsys):
-    monkeypatch.setattr(lab0, "evaluate", None)  # mustn't be called after a loss that isn't finite
-    with pytest.raises(SystemExit) as end:
-        run(flag)
-    printed = f"{capsys.readouterr().err}{end.value.code}"  # Python prints a code that is a text
-    assert re.search(r"error: (the loss is (nan|inf); try .*|.* must be at least 1\n2)$", printed)
-
-
-# ---- Data ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("channels, height, width, padding", [(3, 32, 32, 4), (1, 6, 9, 2)])
-def test_augment_gives_each_crop_and_flip_equally_often(channels, height, width, padding):
-    picture = np.random.randint(256, size=(height, width, channels), dtype=np.uint8)
-    padded = T.functional.pad(T.ToPILImage()(picture), padding)
-    numbers = {}  # one for each image that torchvision's crop, flip and ToTensor can make
-    for place in range((2 * padding + 1) ** 2):
-        crop = T.functional.crop(padded, *divmod(place, 2 * padding + 1), height, width)
-        for image in [crop, T.functional.hflip(crop)]:
-            numbers[T.ToTensor()(image).numpy().tobytes()] = len(numbers)
-    lab0.set_seed(0)
-    batch = torch.from_numpy(picture).permute(2, 0, 1).repeat(100 * len(numbers), 1, 1, 1)
-    drawn = [numbers[image.numpy().tobytes()] for image in lab0.augment(batch, padding)]
-    # 100 of each are expected. With fair draws, chi-square leaves these bounds 1 time in 1,000.
-    chi_square = ((np.bincount(drawn, minlength=len(numbers)) - 100) ** 2 / 100).sum()
-    assert abs(chi_square - len(numbers)) < 3.5 * (2 * len(numbers)) ** 0.5
-
-
-def test_images_that_are_float_already_are_refused():
-    for transform in [lab0.to_float, lab0.augment]:
-        with pytest.raises(TypeError, match="torch.float32"):
-            transform(torch.rand(2, 3, 8, 8))
-
-
-@on_each_device
-def test_images_equal_torchvisions_and_train_takes_torchs_dataloader_too(device, cifar10_root):
-    augment = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
-    train = CIFAR10(root=cifar10_root, train=True, download=True, transform=augment)
-    test = CIFAR10(root=cifar10_root, train=False, download=True, transform=T.ToTensor())
-    dataset, classes = lab0.load_dataset(cifar10_root, device)
-    images, targets = dataset["train"].tensors
-    assert np.array_equal(images.permute(0, 2, 3, 1).cpu(), train.data)
-    assert (targets.tolist(), classes) == (train.targets, train.classes)
-    ours = lab0.DeviceLoader(dataset["test"], lab0.to_float, 30, shuffle=False)
-    theirs = DataLoader(test, batch_size=30, shuffle=False)
-    tolerance = 2e-7 if device == "cuda" else 0  # on a GPU, /255 may round the last bit otherwise
-    for (images, targets), (their_images, their_targets) in zip(ours, theirs, strict=True):
-        assert torch.allclose(images, their_images.to(images), rtol=tolerance, atol=0)
-        assert images.device.type == device and targets.tolist() == their_targets.tolist()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)).to(device)
-    assert lab0.train(*make_training(model, DataLoader(train, batch_size=30, shuffle=True))) > 2
-    assert lab0.evaluate(model, theirs) == lab0.evaluate(model, ours)
-
-
-# ---- The network and its training ------------------------------------------------------------
-def test_train_and_evaluate_compute_what_the_tutorials_loops_do(small_vgg):
-    # In float64, rounding errors stay too small for a ReLU to fall on the other side of 0
-    lab0.set_seed(0)
-    model = lab0.VGG().double()
-    theirs = deepcopy(model)
-    loader = lab0.DeviceLoader(make_dataset(59), lab0.augment, 3, shuffle=True)
-    batches = [(inputs.double(), targets) for inputs, targets in loader]  # the last one has 2
-    training = make_training(model, batches)  # [2:] is from the criterion on
-    our_losses = [lab0.train(model, half, *training[2:]) for half in [batches[:10], batches[10:]]]
-    _, _, criterion, optimizer, scheduler, _ = make_training(theirs, batches)
+    criterion, optimizer, scheduler = make_recipe(theirs)
     losses = []
     for inputs, targets in batches:
         optimizer.zero_grad()
@@ -286,125 +289,409 @@ def test_train_and_evaluate_compute_what_the_tutorials_loops_do(small_vgg):
         optimizer.step()
         scheduler.step()
         losses += [loss.item()] * len(targets)
-    assert our_losses == pytest.approx([np.mean(losses[:30]), np.mean(losses[30:])], rel=1e-5)
-    right = [theirs.eval()(inputs).argmax(dim=1) == targets for inputs, targets in batches]
-    assert lab0.evaluate(model, batches) == pytest.approx(100 * torch.cat(right).double().mean())
+    assert are_equal(ours.state_dict(), theirs.state_dict())
+    assert mean_loss == pytest.approx(np.mean(losses))
 
 
-def test_batches_and_weights_work_with_tensor_view_although_vgg_runs_in_channels_last():
-    data, order = make_dataset(50), torch.randperm(50)
-    training_set, validation_set = (TensorDataset(*data[i]) for i in [order[10:], order[:10]])
-    dataflow = lab0.DeviceLoader(training_set, lab0.augment, 20, shuffle=True)
-    for images, _ in [*dataflow, *lab0.DeviceLoader(validation_set, lab0.to_float, 20, False)]:
-        images.view(len(images), -1)  # as in a LeNet or a perceptron; fails in channels_last
-    vgg, strides = lab0.VGG(), []
-    vgg.backbone.conv7.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride(1)))
-    lab0.train(*make_training(vgg, dataflow))
-    assert strides == [1, 1]  # the channels of a pixel lie side by side
-    assert all(w.is_contiguous() and w.grad.is_contiguous() for w in vgg.parameters())
+def test_evaluate_gives_the_percentage_of_images_that_are_right():
+    linear = nn.Linear(3, 3, bias=False)
+    nn.init.eye_(linear.weight)  # so that outputs are the inputs
+    model = nn.Sequential(linear, nn.Dropout(p=1.0))  # all 0, but in eval mode
+    images = torch.eye(3)
+    batches = [(images, torch.tensor([0, 1, 2])), (images[:1], torch.tensor([2]))]
+
+    accuracy = lab0.evaluate(model, batches)
+
+    assert accuracy == 75  # three of four
 
 
-def test_in_bf16_a_custom_loss_is_computed_and_summed_in_32_bits():
-    def focal_loss(outputs, targets):
-        log_p = outputs.log_softmax(dim=1).gather(1, targets[:, None])
-        return -((1 - log_p.exp()) ** 2 * log_p).mean()
+def test_the_network_computes_in_16_bits_with_bf16():
+    model, dtypes = make_network(), []
+    model.register_forward_hook(lambda model, inputs, outputs: dtypes.append(outputs.dtype))
 
-    data = TensorDataset(torch.randn(20_000, 48), torch.arange(20_000) % 10)
-    model = nn.Linear(48, 10)
-    optimizer = SGD(model.parameters(), lr=0)  # the weights stay the same
-    training = [DataLoader(data, 64), focal_loss, optimizer, lr_scheduler.ConstantLR(optimizer)]
-    exact, bf16 = (lab0.train(model, *training, dtype) for dtype in lab0.DTYPES.values())
-    assert bf16 == pytest.approx(exact, rel=0.02)  # 313 batches: a bf16 sum stops growing
+    lab0.train(model, make_batches(5), *make_recipe(model), bf16=True)
+    lab0.evaluate(model, make_batches(5))
 
-
-def test_train_and_evaluate_wait_for_the_gpu_only_at_an_epochs_end(monkeypatch):
-    # Reading a value makes the CPU wait for the GPU. Tensors on torch's "meta" device have none to
-    # read, so there it is an error: an epoch gets to its last line, which reads.
-    monkeypatch.setattr(torch, "autocast", MagicMock())  # which doesn't know "meta"
-    model, steps = lab0.VGG().to("meta"), []
-    model.register_forward_hook(lambda *args: steps.append("step"))
-    loader = lab0.DeviceLoader(make_dataset(30, device="meta"), lab0.augment, 10, shuffle=True)
-    batches = [*loader, (torch.rand(9, 3, 32, 32), torch.arange(9))]  # one has to be moved there
-    training = make_training(model, batches)
-    for epoch in [lambda: lab0.train(*training), lambda: lab0.evaluate(model, batches)]:
-        with pytest.raises(RuntimeError, match="meta"):
-            epoch()
-    assert steps == ["step"] * 8  # four each
+    of_train, of_evaluate = dtypes
+    assert of_train == torch.bfloat16
+    assert of_evaluate == torch.float32
 
 
-# ---- Pictures, the download, the README and CUDA -----------------------------------------------
-def test_samples_show_four_images_of_each_class_and_curves_show_lr_loss_and_accuracy():
-    data = make_dataset(100)
-    for index, ax in zip(range(40), lab0.plot_samples(data, CLASSES).axes, strict=True):
-        label, row = divmod(index, 4)
-        assert ax.get_title() == CLASSES[label] and ax.get_subplotspec().num1 == 10 * row + label
-        assert np.array_equal(ax.images[0].get_array(), data[10 * row + label][0].permute(1, 2, 0))
-    rates = lab0.plot_lr_schedule(lambda step: 1.0, num_steps=1, lr=0.4)
-    history = lab0.plot_history([{"epoch": 1, "train_loss": 2.0, "test_accuracy": 3.0}])
-    assert [list(ax.lines[0].get_ydata()) for ax in rates.axes + history.axes] == [[0.4], [2], [3]]
+def test_the_loss_is_computed_in_32_bits_with_bf16():
+    model, dtypes = make_network(), []
+    _, optimizer, scheduler = make_recipe(model)
+
+    def criterion(outputs, targets):
+        dtypes.append(outputs.dtype)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    lab0.train(model, make_batches(5), criterion, optimizer, scheduler, bf16=True)
+
+    assert dtypes == [torch.float32]
 
 
-def test_predictions_get_transformed_images_and_show_the_original_ones_with_mistakes_in_red():
-    normalize = T.Compose([lab0.to_float, T.Normalize([0.9, 0.1, 0.5], [0.2, 0.2, 0.2])])
+def test_train_reads_no_value_before_the_epochs_end(monkeypatch):
+    # To read a value, the CPU must wait for the GPU. On torch's device "meta", tensors have no
+    # values, and to read one is an error: so this epoch fails, but not before its last line.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    model = make_network().to("meta")
+    criterion, optimizer, scheduler = make_recipe(model)
+    loader = lab0.DeviceLoader(make_dataset(10, "meta"), lab0.augment, batch_size=4, shuffle=True)
+    batches = [*loader, *make_batches(5)]  # the last one is on the CPU, and has to be moved
+
+    with pytest.raises(RuntimeError, match="item"):
+        lab0.train(model, batches, criterion, optimizer, scheduler)
+
+    assert scheduler.last_epoch == 4  # it has stepped after each batch
+
+
+# ---- The pictures ----------------------------------------------------------------------------
+def test_samples_show_four_images_of_each_class_in_its_column():
+    images, numbers = make_dataset(100)[:]
+    figure = lab0.plot_samples(TensorDataset(images, numbers % 10), CLASSES)
+
+    assert len(figure.axes) == 40
+    for ax in figure.axes:
+        label = ax.images[0].get_array().max() % 10  # image number i is of class i % 10
+        assert ax.get_title() == CLASSES[label]
+        assert ax.get_subplotspec().colspan.start == label
+
+
+def invert(images):
+    """A transform that changes what a network sees: black becomes white."""
+    return 1 - lab0.to_float(images)
+
+
+@pytest.fixture
+def pictured():
+    """Images, their predictions and labels, and the figure's cells; the first 30 are right."""
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 10))
-    images, targets = make_dataset(50).tensors
-    preds = model.eval()(normalize(images)).argmax(dim=1)
-    targets[:20] = preds[:20]  # so that there are right ones
-    dataflow = lab0.DeviceLoader(TensorDataset(images, targets), normalize, 10, shuffle=True)
-    axes = lab0.plot_predictions(model.train(), dataflow, CLASSES).axes
-    for ax, image, pred, label in zip(axes, images[:40], preds[:40], targets[:40], strict=True):
+    images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
+    preds = model.eval()(invert(images)).argmax(dim=1)
+    labels = preds.clone()
+    labels[30:] = (labels[30:] + 1) % 10
+    figure = lab0.plot_predictions(model.train(), TensorDataset(images, labels), invert, CLASSES)
+    return SimpleNamespace(images=images, preds=preds, labels=labels, cells=figure.axes)
+
+
+def test_predictions_are_of_transformed_images_in_eval_mode(pictured):
+    for ax, pred, label in zip(pictured.cells, pictured.preds, pictured.labels):
         assert ax.get_title() == f"pred: {CLASSES[pred]}\nlabel: {CLASSES[label]}"
-        assert ax.title.get_color() == ("black" if pred == label else "red")
+
+
+def test_predictions_show_the_first_40_images_as_they_are(pictured):
+    for ax, image in zip(pictured.cells, pictured.images[:40], strict=True):
         assert np.array_equal(ax.images[0].get_array(), image.permute(1, 2, 0))
 
 
-def test_data_come_from_a_good_host_or_local_archive(cifar10_root, tmp_path, monkeypatch, capsys):
-    archive = Path(shutil.make_archive(tmp_path / "good", "gztar", cifar10_root))
-    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
-    file = tmp_path / "by hand" / "cifar-10-python.tar.gz"
-    with pytest.raises(SystemExit, match=f"^error: .* nowhere .*{re.escape(str(file))}.*--smoke$"):
-        lab0.load_dataset(str(file.parent), "cpu")
-    shutil.copy(archive, file)
-    lab0.load_dataset(str(file.parent), "cpu")
-    batch = file.parent / CIFAR10.base_folder / "test_batch"
-    batch.write_bytes(batch.read_bytes()[:-9])  # is mended from the archive
-    assert len(lab0.load_dataset(str(file.parent), "cpu")[0]["test"]) == 40
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("no_proxy", "*")
-    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
-        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        names = ["missing", f"cifar10/{CIFAR10.base_folder}/test_batch", "good.tar.gz"]
-        sources = [f"http://127.0.0.1:{server.server_port}/{name}" for name in names]
-        monkeypatch.setattr(lab0, "SOURCES", sources)
-        lab0.load_dataset("downloaded", "cpu")
-        server.shutdown()
-    errors = re.findall("(http.*) failed: .*(404|corrupted)", capsys.readouterr().err)
-    assert errors == [(sources[0], "404"), (sources[1], "corrupted")]
-    assert socket.getdefaulttimeout() == 20
+def test_predictions_have_mistakes_in_red(pictured):
+    colors = [ax.title.get_color() for ax in pictured.cells]
+    assert colors == 30 * ["black"] + 10 * ["red"]
 
 
-@pytest.mark.parametrize("block", re.findall(r"(?ms)^```python\n(.*?)^```", README))
-def test_readmes_code_runs(block, small_vgg, tmp_path, monkeypatch):
+def test_the_schedules_curve_is_the_learning_rate_of_each_step():
+    figure = lab0.plot_lr_schedule(lambda step: step / 4, num_steps=4, lr=0.4)
+    curve = figure.axes[0].lines[0]
+    assert list(curve.get_ydata()) == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_the_historys_curves_are_loss_then_accuracy_by_epoch():
+    first = {"epoch": 1, "train_loss": 2.5, "test_accuracy": 40.0}
+    second = {"epoch": 2, "train_loss": 1.5, "test_accuracy": 60.0}
+
+    figure = lab0.plot_history([first, second])
+
+    loss, accuracy = (ax.lines[0].get_xydata().tolist() for ax in figure.axes)
+    assert loss == [[1, 2.5], [2, 1.5]]
+    assert accuracy == [[1, 40], [2, 60]]
+
+
+# ---- The run ---------------------------------------------------------------------------------
+def test_defaults_are_the_tutorials():
+    args = lab0.parse_args([])
+    assert (args.epochs, args.batch_size, args.lr, args.seed) == (20, 512, 0.4, 0)
+
+
+@pytest.mark.parametrize(
+    "gpu, flags, bf16",
+    [("none", [], False), ("T4", [], False), ("H100", [], True), ("H100", ["--device=cpu"], False)],
+)
+def test_bf16_is_the_default_on_a_gpu_that_computes_in_it(gpu, flags, bf16, monkeypatch):
+    def is_bf16_supported(including_emulation=True):
+        return gpu == "H100" or including_emulation  # a T4 emulates it
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu != "none")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+
+    assert lab0.parse_args(flags).bf16 == bf16
+
+
+@pytest.mark.parametrize("flag", ["--epochs=0", "--batch-size=0"])
+def test_zero_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        lab0.parse_args([flag])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, ending", [([], ""), (["--smoke"], "-smoke")])
+def test_results_go_to_a_folder_named_after_the_script(flags, ending):
+    script = Path(lab0.__file__).stem
+    assert lab0.parse_args(flags).output_dir == f"outputs/{script}{ending}"
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """Makes the network of the runs below small, and returns what makes it.
+
+    A copy whose main trains another network returns that one here."""
+    monkeypatch.setattr(lab0.VGG, "ARCH", [8, "M", 8, "M", 8, "M", 16, "M"])
+    return lab0.VGG
+
+
+@pytest.fixture
+def run(small_network, tmp_path, monkeypatch):
+    """A function that runs main on generated images into tmp_path, with empty pictures."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # main changes it
+    for plot in ["plot_samples", "plot_lr_schedule", "plot_history", "plot_predictions"]:
+        monkeypatch.setattr(lab0, plot, lambda *args: Figure(figsize=(1, 1)))
+
+    def run_main(*flags):
+        lab0.main(["--smoke", f"--output-dir={tmp_path}", *flags])
+
+    return run_main
+
+
+@pytest.fixture
+def handed(run, monkeypatch):
+    """What main hands to train, to evaluate (test_dataflow), and the rate of each step."""
+    handed = SimpleNamespace(rates=[])
+
+    def train(model, dataflow, criterion, optimizer, scheduler, bf16=False):
+        handed.model, handed.dataflow, handed.criterion = model, dataflow, criterion
+        handed.optimizer, handed.bf16 = optimizer, bf16
+        for _ in dataflow:
+            handed.rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return 1.0
+
+    def evaluate(model, dataflow):
+        handed.test_dataflow = dataflow
+        return 10.0
+
+    monkeypatch.setattr(lab0, "train", train)
+    monkeypatch.setattr(lab0, "evaluate", evaluate)
+    return handed
+
+
+def test_main_trains_by_the_tutorials_recipe(run, handed):
+    run()
+
+    (group,) = handed.optimizer.param_groups
+    assert type(handed.criterion) is nn.CrossEntropyLoss
+    assert handed.criterion.label_smoothing == 0
+    assert type(handed.optimizer) is SGD
+    assert group["params"] == list(handed.model.parameters())
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+
+
+def test_main_trains_at_the_tutorials_learning_rates(run, handed):
+    run("--lr=0.4", "--epochs=20", "--batch-size=100")  # two steps an epoch
+    up = [0.4 * step / 12 for step in range(12)]
+    down = [0.4 * (40 - step) / 28 for step in range(12, 40)]
+    assert handed.rates == pytest.approx(up + down)
+
+
+def test_main_trains_on_augmented_images_in_a_random_order(run, handed):
+    run()
+    assert handed.dataflow.transform is lab0.augment
+    assert read_targets(handed.dataflow) != read_targets(handed.dataflow)
+
+
+def test_main_evaluates_the_plain_test_images_in_order(run, handed):
+    dataset, _ = lab0.generate_dataset("cpu")
+    images, _ = dataset["test"][:]
+
+    run("--device=cpu")
+
+    tested = torch.cat([images for images, _ in handed.test_dataflow])
+    assert torch.equal(tested, lab0.to_float(images))
+
+
+@pytest.mark.parametrize("flag, bf16", [("--bf16", True), ("--no-bf16", False)])
+def test_main_trains_in_bf16_in_channels_last_if_told_to(flag, bf16, run, handed):
+    run(flag)
+
+    layout = torch.channels_last if bf16 else torch.contiguous_format
+    kernels = [param for param in handed.model.parameters() if param.dim() == 4]
+    assert handed.bf16 == bf16
+    assert all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def read_weights(folder):
+    checkpoint = torch.load(folder / "checkpoint.pth", map_location="cpu", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+@on_each_device
+@pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
+def test_main_learns(flag, device, run, tmp_path):
+    run(flag, f"--device={device}")
+    assert read_metrics(tmp_path)["epochs"][-1]["test_accuracy"] > 60  # a guess reaches 10
+
+
+def test_the_saved_weights_have_the_reported_accuracy(run, small_network, tmp_path):
+    run("--device=cpu", "--no-bf16")
+
+    model = small_network()
+    model.load_state_dict(read_weights(tmp_path))
+    dataset, _ = lab0.generate_dataset("cpu")
+    dataflow = lab0.DeviceLoader(dataset["test"], lab0.to_float, batch_size=10, shuffle=False)
+    assert lab0.evaluate(model, dataflow) == read_metrics(tmp_path)["epochs"][-1]["test_accuracy"]
+
+
+@on_each_device
+@pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
+def test_a_seed_decides_the_weights(flag, device, run, tmp_path):
+    weights = []
+    for seed in ["5", "5", "6"]:
+        run(flag, f"--device={device}", f"--seed={seed}")
+        weights.append(read_weights(tmp_path))
+
+    once, again, other = weights
+    assert are_equal(once, again)
+    assert not are_equal(once, other)
+
+
+def test_set_seed_makes_cudnn_repeatable(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)  # as a notebook may have done
+
+    lab0.set_seed(0)
+
+    assert cudnn.deterministic
+    assert not cudnn.benchmark
+
+
+def test_an_interrupted_run_leaves_its_last_finished_epoch(run, tmp_path, monkeypatch):
+    accuracies = [90.0, 10.0]  # the better weights aren't kept
+    weights = {}
+
+    def evaluate(model, dataflow):
+        if not accuracies:
+            raise KeyboardInterrupt
+        weights.update(deepcopy(model.state_dict()))
+        return accuracies.pop(0)
+
+    monkeypatch.setattr(lab0, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        run("--device=cpu")
+
+    assert [record["epoch"] for record in read_metrics(tmp_path)["epochs"]] == [1, 2]
+    assert are_equal(read_weights(tmp_path), weights)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_diverged_loss_is_an_error_that_tells_what_to_do(loss, run, monkeypatch):
+    monkeypatch.setattr(lab0, "train", lambda *args: loss)
+    with pytest.raises(RuntimeError, match=f"the loss is {loss}; try a lower --lr"):
+        run()
+
+
+def test_a_run_leaves_six_files(small_network, cifar10_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # which is ~
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+
+    lab0.main([f"--data-root={cifar10_root}", "--output-dir=~/results", "--epochs=1"])
+
+    names = {file.name for file in (tmp_path / "results").iterdir()}
+    pictures = {"samples.png", "lr_schedule.png", "history.png", "predictions.png"}
+    assert names == {*pictures, "metrics.json", "checkpoint.pth"}
+
+
+def test_a_log_file_has_each_line_at_once(run, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    last_lines = []
+
+    def train(*args):
+        last_lines.append(log.read_text().splitlines()[-1])
+        return 1.0
+
+    monkeypatch.setattr(lab0, "train", train)
+    with log.open("w") as file, redirect_stdout(file):
+        run("--epochs=2")
+
+    before_first_epoch, before_second_epoch = last_lines
+    assert before_first_epoch.startswith("#MACs")
+    assert before_second_epoch.startswith("epoch 1/2: loss 1.0000, accuracy")
+
+
+# ---- The pages -------------------------------------------------------------------------------
+FOLDER = Path(__file__).parent
+PAGES = [page for page in [FOLDER / "README.md", FOLDER / ".github" / "zh-CN.md"] if page.exists()]
+TEXT = "".join(page.read_text("utf-8") for page in PAGES)
+BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```", TEXT)
+COMMANDS = re.findall(r"(?m)^.*python3? lab0\.py(.*)$", TEXT)
+COMMANDS += re.findall(r'(?m)^.*make .*ARGS="(.*)"$', TEXT)
+
+
+@pytest.mark.skipif(not PAGES, reason="needs README.md")
+def test_the_pages_have_code():
+    assert BLOCKS
+    assert COMMANDS
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_pages_python_code_runs(block, small_network, tmp_path, monkeypatch):
+    for number in range(20):
+        folder = tmp_path / "images" / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        T.ToPILImage()(torch.rand(3, 40, 50)).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    for i in range(20):
-        Path("images", f"class {i % 2}").mkdir(parents=True, exist_ok=True)
-        T.ToPILImage()(torch.rand(3, 40, 50)).save(f"images/class {i % 2}/{i}.png")
-    exec(block.replace("from lab0", f"from {lab0.__name__}"), {})  # noqa: S102, in a copy lab0 has another name
+
+    exec(block.replace("from lab0", f"from {lab0.__name__}"), {})  # noqa: S102
+
+
+@pytest.mark.parametrize("flags", COMMANDS)
+def test_the_pages_commands_have_flags_that_exist(flags, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+    try:
+        lab0.parse_args(shlex.split(flags))
+    except SystemExit as end:
+        assert end.code == 0  # for --help; an error's is 2
+
+
+# ---- CUDA ------------------------------------------------------------------------------------
+@on_cuda
+def test_train_waits_for_the_gpu_only_at_the_epochs_end():
+    dataset, _ = lab0.generate_dataset("cuda")
+    dataflow = lab0.DeviceLoader(dataset["train"], lab0.augment, batch_size=80, shuffle=True)
+    model = lab0.VGG().to("cuda")
+    criterion, optimizer, scheduler = make_recipe(model)
+    lab0.train(model, dataflow, criterion, optimizer, scheduler)  # the first epoch may wait more
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            lab0.train(model, dataflow, criterion, optimizer, scheduler)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert scheduler.last_epoch == 6  # three batches an epoch
 
 
 @on_cuda
-@pytest.mark.parametrize("dtype", lab0.DTYPES.values())
-def test_on_cuda_a_seed_gives_the_same_losses_and_only_an_epochs_end_waits(dtype):
-    data, losses, steps = make_dataset(1100, device="cuda"), [], []
-    for _ in range(2):
-        lab0.set_seed(0)
-        dataflow = lab0.DeviceLoader(data, lab0.augment, 512, shuffle=True)
-        training = make_training(lab0.VGG().to("cuda"), dataflow, dtype)
-        losses.append([lab0.train(*training), lab0.train(*training)])
-    assert losses[0] == losses[1]
-    training[3].register_step_post_hook(lambda *_: steps.append("step"))
-    torch.cuda.set_sync_debug_mode("error")
-    with pytest.raises(RuntimeError, match="synchronizing"):  # the epoch's last line reads
-        lab0.train(*training)
-    torch.cuda.set_sync_debug_mode("default")
-    assert steps == ["step"] * 3
+def test_main_trains_on_the_gpu_by_default(small_network, cifar10_root, tmp_path):
+    lab0.main([f"--data-root={cifar10_root}", f"--output-dir={tmp_path}", "--epochs=1"])
+    assert read_metrics(tmp_path)["device"] == torch.cuda.get_device_name()
