@@ -278,7 +278,7 @@ def train(
 def evaluate(model: nn.Module, dataflow: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the accuracy in percent.
 
-    It is computed without bfloat16, even after training in it, as later labs use the weights.
+    It is computed without autocast, even after training in bfloat16, since later labs do so.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset, classes = generate_dataset(device)
     else:
         if device == "cpu":
-            print("Without a GPU, an epoch takes minutes; a trial with --smoke takes one minute")
+            print("On a CPU, an epoch takes minutes; a trial with --smoke takes one minute")
         dataset, classes = load_dataset(args.data_root, device)
     plot_samples(dataset["test"], classes).savefig(output_dir / "samples.png")
     dataflow = {}
@@ -372,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = VGG(len(classes)).to(device)
     if args.bf16:
         # In 16 bits, convolutions are faster if the channels of a pixel lie side by side in memory.
-        # Shapes stay the same. The outputs of such convolutions lie that way, too: .view() can
-        # fail on them; .reshape() works.
+        # Shapes stay the same, but .view() can fail on such weights and on the layers' outputs;
+        # .reshape() works.
         model = model.to(memory_format=torch.channels_last)
     print(model.backbone)
     print(model.classifier)

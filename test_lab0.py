@@ -1,8 +1,8 @@
-"""What lab0 promises: one test for each promise. `make test` runs them, without a network.
+"""What lab0 promises, as short tests. `make test` runs them, without a network.
 
 A fixture is a function that prepares something; a test that has its name as an argument gets what
-it returns. Three fixtures are pytest's own: tmp_path is an empty folder, capsys has what was
-printed, and monkeypatch replaces something until the test ends.
+it returns, or yields (then, the rest of it runs after the test). Three are pytest's own: tmp_path
+is an empty folder, capsys has what was printed, monkeypatch replaces something until the test ends.
 """
 
 import json
@@ -77,7 +77,6 @@ def test_weights_have_the_names_that_later_labs_load():
 def test_logits_are_computed_from_the_mean_of_each_feature():
     model = lab0.VGG().eval()
     images = torch.rand(5, 3, 32, 32)
-
     means = model.backbone(images).flatten(2).mean(2)
 
     assert torch.allclose(model(images), model.classifier(means), atol=1e-6)
@@ -110,14 +109,13 @@ def cifar10_root(tmp_path, monkeypatch):
         content["data"] = np.random.randint(256, size=(40, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps(content))
 
-    # Their MD5 sums are not CIFAR-10's: None makes torchvision take them as they are
+    # None instead of CIFAR-10's MD5 sums: torchvision takes the files as they are
     monkeypatch.setattr(CIFAR10, "train_list", [(name, None) for name in batches])
     monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", None)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
 
-    # lab0 changes the address and the time-out; put them back
     monkeypatch.setattr(lab0, "SOURCES", ["nowhere"])
-    monkeypatch.setattr(CIFAR10, "url", CIFAR10.url)
+    monkeypatch.setattr(CIFAR10, "url", CIFAR10.url)  # lab0 changes it, as the time-out: put back
     timeout = socket.getdefaulttimeout()
     yield folder.parent
     socket.setdefaulttimeout(timeout)
@@ -150,7 +148,7 @@ def test_transformed_images_can_be_flattened_by_view(split, cifar10_root):
 
 
 def test_augment_draws_each_crop_with_each_flip_equally_often():
-    image = torch.arange(1, 13, dtype=torch.uint8).view(1, 3, 4)
+    image = torch.arange(1, 37, dtype=torch.uint8).view(3, 3, 4)
     padded = T.functional.pad(image, 1)
     possible = []  # the 18 images that torchvision's crops and flips give
     for top, left in product(range(3), range(3)):
@@ -160,9 +158,9 @@ def test_augment_draws_each_crop_with_each_flip_equally_often():
 
     drawn = lab0.augment(image.repeat(1800, 1, 1, 1), padding=1)
 
-    counts = [(drawn == image).all(3).all(2).all(1).sum() for image in possible]
+    counts = [(drawn == one).flatten(1).all(dim=1).sum() for one in possible]
     assert sum(counts) == 1800  # nothing else is drawn
-    assert all(60 < count < 140 for count in counts)
+    assert all(60 < count < 140 for count in counts)  # about 100 of each
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
@@ -173,9 +171,10 @@ def test_augment_moves_images_by_up_to_4_pixels(dimension):
     possible = {tuple(padded[place : place + 8]) for place in range(9)}
 
     white = torch.full((1000, 1, 8, 8), 255, dtype=torch.uint8)
-    drawn = lab0.augment(white).squeeze(1).amax(dimension)
+    drawn = lab0.augment(white).squeeze(1)  # [1000, 8, 8]
 
-    assert {tuple(pixels) for pixels in drawn.tolist()} == possible
+    lines = drawn.amax(dimension)  # [1000, 8]: 1 for each column, or row, that has white
+    assert {tuple(line) for line in lines.tolist()} == possible
 
 
 def test_augment_mirrors_half_of_the_images():
@@ -185,7 +184,7 @@ def test_augment_mirrors_half_of_the_images():
     drawn = lab0.augment(black_and_white, padding=0)
 
     mirrored = drawn[:, 0, 0, 0].sum()  # these have white on the left
-    assert 4850 < mirrored < 5150
+    assert 4850 < mirrored < 5150  # about 5000
 
 
 @pytest.mark.parametrize("transform", [lab0.to_float, lab0.augment])
@@ -208,15 +207,10 @@ def read_targets(dataflow):
 def test_each_shuffled_epoch_has_every_image_once_in_a_new_order():
     loader = lab0.DeviceLoader(make_dataset(100), lab0.to_float, batch_size=40, shuffle=True)
 
-    first, second = read_targets(loader), read_targets(loader)
+    first, second = read_targets(loader), read_targets(loader)  # in batches of 40, 40 and 20
 
     assert sorted(first) == sorted(second) == list(range(100))
     assert first != second
-
-
-def test_the_last_batch_has_the_images_that_are_left():
-    loader = lab0.DeviceLoader(make_dataset(10), lab0.to_float, batch_size=4, shuffle=True)
-    assert [len(images) for images, _ in loader] == [4, 4, 2]
 
 
 # ---- The download ----------------------------------------------------------------------------
@@ -230,8 +224,7 @@ def test_hosts_are_tried_until_one_works(error, cifar10_root, monkeypatch, capsy
     monkeypatch.setattr(lab0, "SOURCES", ["first", "second", "good", "not needed"])
     lab0.open_cifar10(cifar10_root, train=True)
 
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"first failed: {error}", f"second failed: {error}"]
+    assert capsys.readouterr().err == f"first failed: {error}\nsecond failed: {error}\n"
 
 
 def test_without_a_host_an_error_tells_what_to_save_where(cifar10_root, tmp_path):
@@ -258,7 +251,6 @@ def make_network():
 
 
 def make_batches(*sizes):
-    """Random batches of these sizes."""
     return [(torch.rand(size, 3, 8, 8), torch.randint(10, (size,))) for size in sizes]
 
 
@@ -274,7 +266,7 @@ def are_equal(weights, others):
 
 
 def test_train_does_what_the_tutorials_loop_does():
-    ours = make_network().eval()
+    ours = make_network().eval()  # which train has to change
     theirs = deepcopy(ours).train()
     batches = make_batches(20, 20, 7)
 
@@ -296,16 +288,16 @@ def test_train_does_what_the_tutorials_loop_does():
 def test_evaluate_gives_the_percentage_of_images_that_are_right():
     linear = nn.Linear(3, 3, bias=False)
     nn.init.eye_(linear.weight)  # so that outputs are the inputs
-    model = nn.Sequential(linear, nn.Dropout(p=1.0))  # all 0, but in eval mode
+    model = nn.Sequential(linear, nn.Dropout(p=1.0))  # all 0, unless in eval mode
     images = torch.eye(3)
     batches = [(images, torch.tensor([0, 1, 2])), (images[:1], torch.tensor([2]))]
 
     accuracy = lab0.evaluate(model, batches)
 
-    assert accuracy == 75  # three of four
+    assert accuracy == 75  # three of four; the mean of the batches would be 50
 
 
-def test_the_network_computes_in_16_bits_with_bf16():
+def test_the_network_trains_in_16_bits_with_bf16_yet_is_evaluated_in_32():
     model, dtypes = make_network(), []
     model.register_forward_hook(lambda model, inputs, outputs: dtypes.append(outputs.dtype))
 
@@ -331,8 +323,9 @@ def test_the_loss_is_computed_in_32_bits_with_bf16():
 
 
 def test_train_reads_no_value_before_the_epochs_end(monkeypatch):
-    # To read a value, the CPU must wait for the GPU. On torch's device "meta", tensors have no
-    # values, and to read one is an error: so this epoch fails, but not before its last line.
+    # To read a value, such as the loss, the CPU must wait for the GPU. On torch's device "meta",
+    # tensors have no values, and to read one is an error: so this epoch fails, but not before its
+    # last line. (autocast is left out: it doesn't know "meta".)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     model = make_network().to("meta")
     criterion, optimizer, scheduler = make_recipe(model)
@@ -342,50 +335,50 @@ def test_train_reads_no_value_before_the_epochs_end(monkeypatch):
     with pytest.raises(RuntimeError, match="item"):
         lab0.train(model, batches, criterion, optimizer, scheduler)
 
-    assert scheduler.last_epoch == 4  # it has stepped after each batch
+    assert scheduler.last_epoch == 4  # torch's name for its steps: one after each batch
 
 
 # ---- The pictures ----------------------------------------------------------------------------
 def test_samples_show_four_images_of_each_class_in_its_column():
-    images, numbers = make_dataset(100)[:]
+    images, numbers = make_dataset(100)[:]  # image number i is of brightness i
     figure = lab0.plot_samples(TensorDataset(images, numbers % 10), CLASSES)
 
-    assert len(figure.axes) == 40
-    for ax in figure.axes:
-        label = ax.images[0].get_array().max() % 10  # image number i is of class i % 10
-        assert ax.get_title() == CLASSES[label]
-        assert ax.get_subplotspec().colspan.start == label
+    shown = [ax.images[0].get_array().max() for ax in figure.axes]
+    assert sorted(shown) == list(range(40))  # the first four of each class
+    for ax, number in zip(figure.axes, shown):
+        assert ax.get_title() == CLASSES[number % 10]
+        assert ax.get_subplotspec().num1 == number  # cell 10 is below cell 0, of the same class
 
 
 def invert(images):
-    """A transform that changes what a network sees: black becomes white."""
+    """A transform that changes what is predicted."""
     return 1 - lab0.to_float(images)
 
 
 @pytest.fixture
-def pictured():
-    """Images, their predictions and labels, and the figure's cells; the first 30 are right."""
+def predictions():
+    """A figure of predictions, of which the first 30 are right, and what it should show."""
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 10))
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
     preds = model.eval()(invert(images)).argmax(dim=1)
     labels = preds.clone()
     labels[30:] = (labels[30:] + 1) % 10
     figure = lab0.plot_predictions(model.train(), TensorDataset(images, labels), invert, CLASSES)
-    return SimpleNamespace(images=images, preds=preds, labels=labels, cells=figure.axes)
+    return SimpleNamespace(axes=figure.axes, images=images[:40], preds=preds, labels=labels)
 
 
-def test_predictions_are_of_transformed_images_in_eval_mode(pictured):
-    for ax, pred, label in zip(pictured.cells, pictured.preds, pictured.labels):
+def test_predictions_are_of_transformed_images_in_eval_mode(predictions):
+    for ax, pred, label in zip(predictions.axes, predictions.preds, predictions.labels):
         assert ax.get_title() == f"pred: {CLASSES[pred]}\nlabel: {CLASSES[label]}"
 
 
-def test_predictions_show_the_first_40_images_as_they_are(pictured):
-    for ax, image in zip(pictured.cells, pictured.images[:40], strict=True):
+def test_predictions_show_the_first_40_images_as_they_are(predictions):
+    for ax, image in zip(predictions.axes, predictions.images, strict=True):
         assert np.array_equal(ax.images[0].get_array(), image.permute(1, 2, 0))
 
 
-def test_predictions_have_mistakes_in_red(pictured):
-    colors = [ax.title.get_color() for ax in pictured.cells]
+def test_predictions_have_mistakes_in_red(predictions):
+    colors = [ax.title.get_color() for ax in predictions.axes]
     assert colors == 30 * ["black"] + 10 * ["red"]
 
 
@@ -414,7 +407,13 @@ def test_defaults_are_the_tutorials():
 
 @pytest.mark.parametrize(
     "gpu, flags, bf16",
-    [("none", [], False), ("T4", [], False), ("H100", [], True), ("H100", ["--device=cpu"], False)],
+    [
+        ("none", [], False),
+        ("T4", [], False),
+        ("H100", [], True),
+        ("H100", ["--no-bf16"], False),
+        ("H100", ["--device=cpu"], False),
+    ],
 )
 def test_bf16_is_the_default_on_a_gpu_that_computes_in_it(gpu, flags, bf16, monkeypatch):
     def is_bf16_supported(including_emulation=True):
@@ -427,7 +426,7 @@ def test_bf16_is_the_default_on_a_gpu_that_computes_in_it(gpu, flags, bf16, monk
 
 
 @pytest.mark.parametrize("flag", ["--epochs=0", "--batch-size=0"])
-def test_zero_is_refused(flag, capsys):
+def test_zero_epochs_or_images_a_batch_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         lab0.parse_args([flag])
     assert "must be at least 1" in capsys.readouterr().err
@@ -441,9 +440,9 @@ def test_results_go_to_a_folder_named_after_the_script(flags, ending):
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """Makes the network of the runs below small, and returns what makes it.
-
-    A copy whose main trains another network returns that one here."""
+    """The network that main trains below, small. If you copy this for another one, return that."""
+    for setting in ["deterministic", "benchmark"]:  # main changes these of cuDNN
+        monkeypatch.setattr(torch.backends.cudnn, setting, False)
     monkeypatch.setattr(lab0.VGG, "ARCH", [8, "M", 8, "M", 8, "M", 16, "M"])
     return lab0.VGG
 
@@ -451,7 +450,6 @@ def small_network(monkeypatch):
 @pytest.fixture
 def run(small_network, tmp_path, monkeypatch):
     """A function that runs main on generated images into tmp_path, with empty pictures."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # main changes it
     for plot in ["plot_samples", "plot_lr_schedule", "plot_history", "plot_predictions"]:
         monkeypatch.setattr(lab0, plot, lambda *args: Figure(figsize=(1, 1)))
 
@@ -462,26 +460,26 @@ def run(small_network, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def handed(run, monkeypatch):
-    """What main hands to train, to evaluate (test_dataflow), and the rate of each step."""
-    handed = SimpleNamespace(rates=[])
+def handed(monkeypatch):
+    """Replaces train and evaluate, and notes what main hands to them, and the rate of each step."""
+    notes = SimpleNamespace(rates=[])
 
     def train(model, dataflow, criterion, optimizer, scheduler, bf16=False):
-        handed.model, handed.dataflow, handed.criterion = model, dataflow, criterion
-        handed.optimizer, handed.bf16 = optimizer, bf16
+        notes.model, notes.dataflow, notes.criterion = model, dataflow, criterion
+        notes.optimizer, notes.bf16 = optimizer, bf16
         for _ in dataflow:
-            handed.rates.append(optimizer.param_groups[0]["lr"])
+            notes.rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
         return 1.0
 
     def evaluate(model, dataflow):
-        handed.test_dataflow = dataflow
+        notes.test_dataflow = dataflow
         return 10.0
 
     monkeypatch.setattr(lab0, "train", train)
     monkeypatch.setattr(lab0, "evaluate", evaluate)
-    return handed
+    return notes
 
 
 def test_main_trains_by_the_tutorials_recipe(run, handed):
@@ -496,7 +494,7 @@ def test_main_trains_by_the_tutorials_recipe(run, handed):
 
 
 def test_main_trains_at_the_tutorials_learning_rates(run, handed):
-    run("--lr=0.4", "--epochs=20", "--batch-size=100")  # two steps an epoch
+    run("--lr=0.4", "--epochs=20", "--batch-size=150")  # 200 images, so 40 steps; 30% are 12
     up = [0.4 * step / 12 for step in range(12)]
     down = [0.4 * (40 - step) / 28 for step in range(12, 40)]
     assert handed.rates == pytest.approx(up + down)
@@ -514,7 +512,7 @@ def test_main_evaluates_the_plain_test_images_in_order(run, handed):
 
     run("--device=cpu")
 
-    tested = torch.cat([images for images, _ in handed.test_dataflow])
+    tested = torch.cat([inputs for inputs, _ in handed.test_dataflow])
     assert torch.equal(tested, lab0.to_float(images))
 
 
@@ -545,13 +543,13 @@ def read_weights(folder):
 @pytest.mark.parametrize("flag", ["--bf16", "--no-bf16"])
 def test_main_learns(flag, device, run, tmp_path):
     run(flag, f"--device={device}")
-    assert read_metrics(tmp_path)["epochs"][-1]["test_accuracy"] > 60  # a guess reaches 10
+    assert read_metrics(tmp_path)["epochs"][-1]["test_accuracy"] > 60  # a guess reaches 10%
 
 
 def test_the_saved_weights_have_the_reported_accuracy(run, small_network, tmp_path):
     run("--device=cpu", "--no-bf16")
 
-    model = small_network()
+    model = small_network(num_classes=10)
     model.load_state_dict(read_weights(tmp_path))
     dataset, _ = lab0.generate_dataset("cpu")
     dataflow = lab0.DeviceLoader(dataset["test"], lab0.to_float, batch_size=10, shuffle=False)
@@ -572,18 +570,17 @@ def test_a_seed_decides_the_weights(flag, device, run, tmp_path):
 
 
 def test_set_seed_makes_cudnn_repeatable(monkeypatch):
-    cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn, "deterministic", False)
-    monkeypatch.setattr(cudnn, "benchmark", True)  # as a notebook may have done
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as a notebook may have done
 
     lab0.set_seed(0)
 
-    assert cudnn.deterministic
-    assert not cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_an_interrupted_run_leaves_its_last_finished_epoch(run, tmp_path, monkeypatch):
-    accuracies = [90.0, 10.0]  # the better weights aren't kept
+    accuracies = [90.0, 10.0]  # of two epochs; the third is interrupted
     weights = {}
 
     def evaluate(model, dataflow):
@@ -608,7 +605,7 @@ def test_a_diverged_loss_is_an_error_that_tells_what_to_do(loss, run, monkeypatc
 
 
 def test_a_run_leaves_six_files(small_network, cifar10_root, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))  # which is ~
+    monkeypatch.setenv("HOME", str(tmp_path))  # so that ~ is tmp_path
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
 
     lab0.main([f"--data-root={cifar10_root}", "--output-dir=~/results", "--epochs=1"])
@@ -618,7 +615,7 @@ def test_a_run_leaves_six_files(small_network, cifar10_root, tmp_path, monkeypat
     assert names == {*pictures, "metrics.json", "checkpoint.pth"}
 
 
-def test_a_log_file_has_each_line_at_once(run, tmp_path, monkeypatch):
+def test_a_log_file_has_each_epochs_line_at_once(run, tmp_path, monkeypatch):
     log = tmp_path / "log"
     last_lines = []
 
@@ -635,41 +632,47 @@ def test_a_log_file_has_each_line_at_once(run, tmp_path, monkeypatch):
     assert before_second_epoch.startswith("epoch 1/2: loss 1.0000, accuracy")
 
 
-# ---- The pages -------------------------------------------------------------------------------
+def test_there_is_no_progress_bar_without_a_terminal(run, capsys):
+    run("--epochs=1")
+    assert capsys.readouterr().err == ""
+
+
+# ---- The README ------------------------------------------------------------------------------
 FOLDER = Path(__file__).parent
-PAGES = [page for page in [FOLDER / "README.md", FOLDER / ".github" / "zh-CN.md"] if page.exists()]
+PAGES = [*FOLDER.glob("README.md"), *FOLDER.glob(".github/zh-CN.md")]
 TEXT = "".join(page.read_text("utf-8") for page in PAGES)
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```", TEXT)
-COMMANDS = re.findall(r"(?m)^.*python3? lab0\.py(.*)$", TEXT)
-COMMANDS += re.findall(r'(?m)^.*make .*ARGS="(.*)"$', TEXT)
+COMMANDS = re.findall(r"(?m)^\S*python3? lab0\.py(.*)$", TEXT)
+COMMANDS += re.findall(r'make \w+ ARGS="(.*?)"', TEXT)
 
 
 @pytest.mark.skipif(not PAGES, reason="needs README.md")
-def test_the_pages_have_code():
+def test_the_readme_has_code_for_the_tests_below():
     assert BLOCKS
     assert COMMANDS
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_pages_python_code_runs(block, small_network, tmp_path, monkeypatch):
+def test_the_readmes_python_code_runs(block, small_network, tmp_path, monkeypatch):
     for number in range(20):
         folder = tmp_path / "images" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         T.ToPILImage()(torch.rand(3, 40, 50)).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
 
-    exec(block.replace("from lab0", f"from {lab0.__name__}"), {})  # noqa: S102
+    code = block.replace("from lab0", f"from {lab0.__name__}")  # a copy may have another name
+    exec(code, {})  # noqa: S102
 
 
 @pytest.mark.parametrize("flags", COMMANDS)
-def test_the_pages_commands_have_flags_that_exist(flags, monkeypatch):
+def test_the_readmes_commands_have_flags_that_exist(flags, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
 
     try:
         lab0.parse_args(shlex.split(flags))
-    except SystemExit as end:
-        assert end.code == 0  # for --help; an error's is 2
+    except SystemExit as end:  # after an error, or --help
+        assert end.code == 0, "an unknown flag"
 
 
 # ---- CUDA ------------------------------------------------------------------------------------
@@ -679,9 +682,9 @@ def test_train_waits_for_the_gpu_only_at_the_epochs_end():
     dataflow = lab0.DeviceLoader(dataset["train"], lab0.augment, batch_size=80, shuffle=True)
     model = lab0.VGG().to("cuda")
     criterion, optimizer, scheduler = make_recipe(model)
-    lab0.train(model, dataflow, criterion, optimizer, scheduler)  # the first epoch may wait more
+    lab0.train(model, dataflow, criterion, optimizer, scheduler)  # cuDNN's start may wait
 
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # to wait is an error: in the epoch's last line
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):
             lab0.train(model, dataflow, criterion, optimizer, scheduler)
@@ -692,6 +695,6 @@ def test_train_waits_for_the_gpu_only_at_the_epochs_end():
 
 
 @on_cuda
-def test_main_trains_on_the_gpu_by_default(small_network, cifar10_root, tmp_path):
+def test_main_runs_on_the_gpu_by_default(small_network, cifar10_root, tmp_path):
     lab0.main([f"--data-root={cifar10_root}", f"--output-dir={tmp_path}", "--epochs=1"])
     assert read_metrics(tmp_path)["device"] == torch.cuda.get_device_name()
