@@ -4,8 +4,8 @@ python lab0.py            # the lab: 20 epochs, to over 92.5% accuracy; results 
 python lab0.py --smoke    # a one-minute trial on generated images; needs no download and no GPU
 python lab0.py --help     # every setting
 
-Unlike the notebook, this script keeps the images on the GPU, and trains in bfloat16, a 16-bit type,
-if the GPU has it (--no-bf16 turns that off).
+Unlike the notebook, this script keeps all images on the GPU, if there is one, and trains in
+bfloat16, a 16-bit type, if the GPU has it (--no-bf16 turns that off).
 """
 
 import json
@@ -39,8 +39,8 @@ def set_seed(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
-    # cuDNN computes the convolutions on NVIDIA GPUs. deterministic allows only algorithms that give
-    # the same result each time; benchmark chooses by timing, perhaps another one in each run.
+    # cuDNN computes the convolutions on NVIDIA GPUs. Some of its algorithms give slightly different
+    # results in each run: the first line forbids them, the second one any choice by timing.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
@@ -98,7 +98,7 @@ def load_dataset(root: str, device: str) -> tuple[dict[str, TensorDataset], list
     dataset = {}
     for split in ["train", "test"]:
         cifar10 = open_cifar10(root, train=(split == "train"))  # in Helpers, at the end
-        # HWC -> CHW, by contiguous() in memory, too: [N, 32, 32, 3] -> [N, 3, 32, 32]
+        # HWC -> CHW, and by contiguous() in memory, too: [N, 32, 32, 3] -> [N, 3, 32, 32]
         images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2).contiguous().to(device)
         targets = torch.tensor(cifar10.targets, device=device)
         # dataset[split][i] is (images[i], targets[i]), for an index, a slice or a tensor of indices
@@ -232,7 +232,7 @@ def train(
     scheduler: LRScheduler,
     bf16: bool = False,
 ) -> float:
-    """Train for one epoch, with the whole model in training mode, and return the mean loss.
+    """Put the whole model in training mode, train for one epoch, and return the mean loss.
 
     `criterion` returns a batch's mean loss; the scheduler steps after every batch. With `bf16`,
     autocast computes convolutions and linear layers on bfloat16 copies of their inputs and weights;
@@ -266,7 +266,7 @@ def train(
         scheduler.step()
 
         # Update metrics. The loss is the batch's mean. It remembers, for backward(), how it was
-        # computed; detach() leaves only its value.
+        # computed; detach() leaves only its value, or these memories would add up.
         num_samples += targets.size(0)
         total_loss += loss.detach() * targets.size(0)
 
@@ -278,7 +278,7 @@ def train(
 def evaluate(model: nn.Module, dataflow: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the accuracy in percent.
 
-    It is computed without autocast, even after training in bfloat16, since later labs do so.
+    No autocast, even after training in bfloat16: later labs evaluate the weights in float32, too.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # In each step, a weight w with gradient g is updated as follows:
     #     v = 0.9 * v + (g + 5e-4 * w)
     #     w = w - lr * v
-    # In v, the momentum, random differences between batches mostly cancel out, while the direction
+    # In v, a running sum, random differences between batches mostly cancel out, while the direction
     # that they share builds up. 5e-4 * w, the weight decay, keeps the weights small.
     optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     steps_per_epoch = len(dataflow["train"])
@@ -418,8 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {"epoch": epoch, "train_loss": loss, "test_accuracy": metric, "seconds": seconds}
         metrics["epochs"].append(record)
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        # Later labs load checkpoint["state_dict"]. Each epoch overwrites the one before. The best
-        # one isn't kept: to choose by test accuracy would make the result look better than it is.
+        # Later labs load checkpoint["state_dict"]. Each epoch overwrites it. The best one isn't kept:
+        # to choose by test accuracy would make the result look better than it is.
         torch.save({"state_dict": model.state_dict()}, output_dir / "checkpoint.pth")
 
     # Visualization
@@ -480,7 +480,7 @@ def open_cifar10(root: str, train: bool) -> CIFAR10:
     for url in SOURCES:
         CIFAR10.url = url
         try:
-            # downloads nothing if the files are in `root`, or the archive was saved there by hand
+            # downloads nothing if the files are in `folder`, or the archive was saved there by hand
             return CIFAR10(folder, train, download=True)
         except Exception as error:  # on any error, try the next host
             print(f"{url} failed: {error}", file=sys.stderr)
