@@ -418,8 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {"epoch": epoch, "train_loss": loss, "test_accuracy": metric, "seconds": seconds}
         metrics["epochs"].append(record)
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        # Later labs load checkpoint["state_dict"]. Each epoch overwrites it. The best one isn't kept:
-        # to choose by test accuracy would make the result look better than it is.
+        # Later labs load checkpoint["state_dict"]. It is the last epoch's, not the best one's: to
+        # choose by test accuracy would make the result look better than it is.
         torch.save({"state_dict": model.state_dict()}, output_dir / "checkpoint.pth")
 
     # Visualization
